@@ -49,7 +49,11 @@ pub struct InvalidValue {
 
 impl InvalidValue {
     pub(crate) fn new(what: &'static str, value: impl fmt::Display, expected: &'static str) -> Self {
-        Self { what, value: value.to_string(), expected }
+        Self {
+            what,
+            value: value.to_string(),
+            expected,
+        }
     }
 }
 
@@ -166,7 +170,9 @@ impl Mtu {
 
     /// What is left after an encapsulation of `overhead` octets; `None` below the IPv4 minimum of 68 (RFC 791).
     pub fn minus(self, overhead: u16) -> Option<Self> {
-        self.0.checked_sub(overhead).and_then(|octets| Self::try_from(octets).ok())
+        self.0
+            .checked_sub(overhead)
+            .and_then(|octets| Self::try_from(octets).ok())
     }
 }
 
@@ -207,7 +213,13 @@ mod tests {
     fn mac_addresses_are_written_and_read_alike() {
         let mac: MacAddr = "02:50:0a:ff:00:01".parse().expect("valid");
         assert_eq!(mac.to_string(), "02:50:0a:ff:00:01");
-        for text in ["", "02:50", "02:50:0a:ff:00:01:02", "2:50:0a:ff:00:01", "+2:50:0a:ff:00:01"] {
+        for text in [
+            "",
+            "02:50",
+            "02:50:0a:ff:00:01:02",
+            "2:50:0a:ff:00:01",
+            "+2:50:0a:ff:00:01",
+        ] {
             assert!(text.parse::<MacAddr>().is_err(), "{text} must be refused");
         }
     }

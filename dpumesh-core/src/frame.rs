@@ -182,7 +182,9 @@ impl Frame {
             return false;
         }
         if let Checksum::Partial { start, .. } = &mut self.checksum {
-            let Some(moved) = usize::from(*start).checked_sub(count) else { return false };
+            let Some(moved) = usize::from(*start).checked_sub(count) else {
+                return false;
+            };
             *start = moved as u16; // smaller than the u16 it came from
         }
         self.start += count;
