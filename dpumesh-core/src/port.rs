@@ -136,7 +136,8 @@ pub trait Ports: Send + Sync + fmt::Debug {
     /// in-process queue.
     ///
     /// # Errors
-    /// `NotFound` (no such port), `Busy`, `Denied`, `Stale` (old epoch), `DeviceLost`, `Io`.
+    /// `NotFound` (no such port), `Busy`, `Denied`, `CapacityExceeded` (`ports.open`), `Stale` (old epoch),
+    /// `DeviceLost`, `Io`.
     async fn open(&self, fence: Fence, port: PortRef) -> Result<Box<dyn PortIo>>;
 }
 

@@ -69,13 +69,14 @@ pub trait VfAllocator: Send + Sync + fmt::Debug {
     /// Taking the same lease again succeeds. A different lease of the same port is `Conflict` until the old one is revoked.
     ///
     /// # Errors
-    /// `NotFound` (port), `Conflict`, `Invalid` (another card's lease), `Unsupported` (host side), `Stale`, `DeviceLost`.
+    /// `NotFound` (port), `Conflict`, `Invalid` (another card's lease), `Unsupported` (host side), `Stale` (epoch of the
+    /// fence or of the lease), `DeviceLost`.
     async fn admit(&self, fence: Fence, lease: &VfLease) -> Result<()>;
 
     /// Gives a lease back (SoC): the port closes; its open frames end with `DeviceLost`. Idempotent.
     ///
     /// # Errors
-    /// `Unsupported` (host side), `DeviceLost`. A lease that is not held is no error.
+    /// `Unsupported` (host side), `Stale` (epoch of the fence), `DeviceLost`. A lease that is not held is no error.
     async fn revoke(&self, fence: Fence, lease: &VfLease) -> Result<()>;
 
     /// Sets attributes of a leased VF (host); `None` leaves one alone.
@@ -93,8 +94,8 @@ pub trait VfAllocator: Send + Sync + fmt::Debug {
     /// Attaching to where it is already succeeds. Addresses and routes are the caller's (IPAM).
     ///
     /// # Errors
-    /// `Stale`, `Unsupported` (kind), `NotFound` (namespace), `Exists` (name taken there), `Busy` (attached elsewhere),
-    /// `DeviceLost`, `Io`.
+    /// `Stale`, `Unsupported` (kind), `Invalid` (name), `NotFound` (namespace), `Exists` (name taken there), `Busy`
+    /// (attached elsewhere), `DeviceLost`, `Io`.
     async fn attach(&self, fence: Fence, lease: &VfLease, attachment: &Attachment) -> Result<AttachedVf>;
 
     /// Brings a leased VF back from where it was attached (host). Idempotent; a namespace that is gone is no error.
@@ -110,7 +111,8 @@ pub trait VfAllocator: Send + Sync + fmt::Debug {
     /// every step and frees the VF only if all of them worked; else the lease stays and the error lists what failed.
     ///
     /// # Errors
-    /// `Unsupported` (level), `DeviceLost` (the lease is gone with the card), `Io` with [`crate::Effect::Partial`].
+    /// `Unsupported` (level), `Stale` (epoch of the fence; that of the lease is `NotCurrent`), `DeviceLost` (the lease
+    /// is gone with the card), `Io` with [`crate::Effect::Partial`].
     async fn release(&self, fence: Fence, lease: &VfLease, level: ResetLevel) -> Result<Released>;
 
     /// Gets a stray VF back without its lease: one whose record was torn, or that `list` shows where nobody put it.
@@ -119,7 +121,7 @@ pub trait VfAllocator: Send + Sync + fmt::Debug {
     /// Refused with `Busy` while the VF is leased and its owner is in `live`.
     ///
     /// # Errors
-    /// `NotFound`, `Busy`, `Unsupported` (level), `DeviceLost`, `Io`.
+    /// `NotFound`, `Busy`, `Unsupported` (level), `Stale`, `DeviceLost`, `Io` (it takes more than `level`).
     async fn reclaim(
         &self,
         fence: Fence,
@@ -201,6 +203,7 @@ pub struct VfSelector {
 
 /// A lease: the right to use one VF in one life of the card.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct VfLease {
     /// Number of the lease; never given twice on a card.

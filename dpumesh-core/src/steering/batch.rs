@@ -17,7 +17,7 @@ pub struct Batch {
 
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[allow(
     clippy::large_enum_variant,
     reason = "a batch is mostly additions; boxing each would cost more than it saves"
@@ -25,7 +25,8 @@ pub struct Batch {
 pub enum Operation {
     /// Installs a rule.
     Add(SteeringRule),
-    /// Removes a rule of an owner. A cookie that is not there is [`Change::Absent`], not an error.
+    /// Removes a rule of an owner. A cookie that is not there is [`Change::Absent`], not an error; another owner's
+    /// is `NotFound`.
     Remove {
         /// Whose rule.
         owner: Owner,
@@ -63,7 +64,7 @@ pub enum Undone {
     /// There was no need, or nobody asked.
     #[default]
     No,
-    /// All of them: nothing changed.
+    /// All of them, or there were none: nothing changed.
     All,
     /// Undoing failed as well; `list` tells what is there.
     Failed(Box<Error>),
@@ -78,7 +79,7 @@ pub enum Change {
     Present(Placement),
     /// The rule was removed; its final counters, if it counted.
     Removed(Option<Counters>),
-    /// There was no such rule of this owner.
+    /// No rule has this cookie.
     Absent,
     /// Not begun, or undone, because another operation of the batch failed.
     Skipped,

@@ -102,7 +102,8 @@ pub trait FlowSteering: Send + Sync + fmt::Debug {
 
     /// Sets what happens to frames of a port that no rule of group 0 matches.
     ///
-    /// A port starts with [`MissPolicy::Drop`]: closed is the default.
+    /// A port starts with [`MissPolicy::Drop`]: closed is the default. A frame that a rule sent to a later group, where
+    /// none matches it, is dropped whatever the policy.
     ///
     /// # Errors
     /// `Unsupported`, `NotFound` (port), `Stale`, `DeviceLost`.
