@@ -1,1 +1,19 @@
-//! Placeholder.
+//! What dpumesh backends and hosts share.
+//!
+//! | module | for |
+//! |---|---|
+//! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
+#![cfg_attr(
+    feature = "channel",
+    doc = "| [`channel`] | gRPC between the node agent and the dataplane |"
+)]
+#![cfg_attr(
+    feature = "conformance",
+    doc = "| [`conformance`] | the kit that proves a backend |"
+)]
+#![deny(unsafe_code)]
+
+
+// Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
+#[cfg(not(loom))]
+pub mod wire;

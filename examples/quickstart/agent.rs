@@ -1,0 +1,366 @@
+//! The node agent's part: which pod has which VF, and the steering rules that follow from it.
+//!
+//! A card may have no more than four priorities ([`INTERCEPT`] to [`REST`]), so that is all they use.
+//!
+//! The rules of a node are a pure function of what is known about pods ([`rules`]); applying them is a difference, add
+//! before remove. With one exception they say the same for every pod:
+//!
+//! | from | what | goes |
+//! |---|---|---|
+//! | a pod | TCP | to the proxy, always |
+//! | a pod | UDP to port 53 and 7, ICMP | to the pod it is for, without the proxy |
+//! | a pod | anything else | nowhere: dropped, counted by rule |
+//! | the proxy | IP | to the pod it is for, here or through the network |
+//! | the network | TCP to a local pod | to the proxy |
+//! | the network | UDP to port 53 and 7, ICMP | to the local pod it is for |
+
+use std::net::IpAddr;
+
+use dpumesh_core::steering::{
+    Action, Cookie, Encapsulation, Group, IpMatch, IpProtocol, Owner, Pattern, Priority, RewriteField,
+    SteeringRule, TunnelKind,
+};
+use dpumesh_core::{MacAddr, PortRef, Vni};
+
+/// A pod as every node knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) name: String,
+    pub(crate) node: usize,
+    pub(crate) port: PortRef,
+    pub(crate) mac: MacAddr,
+    pub(crate) addresses: Vec<IpAddr>,
+}
+
+/// How packets get from node to node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Network {
+    /// In VXLAN between tunnel endpoints, by node.
+    Overlay { vteps: Vec<IpAddr>, vni: Vni },
+    /// As they are, between these MACs, by node.
+    Underlay { macs: Vec<MacAddr> },
+}
+
+/// MAC of the router that every pod sees.
+pub(crate) const GATEWAY: MacAddr = MacAddr([0x02, 0xd7, 0, 0, 0, 0xfe]);
+
+/// UDP ports that pods may reach without the proxy: echo and DNS.
+pub(crate) const UDP_PORTS: [u16; 2] = [7, 53];
+
+/// What must reach the proxy, what comes from it, and the way out of the tunnel.
+const INTERCEPT: u32 = 0;
+/// What comes from the network and needs no proxy.
+const FROM_NETWORK: u32 = 1;
+/// What pods send each other without the proxy.
+const BETWEEN_PODS: u32 = 2;
+/// Everything else that is to be counted.
+const REST: u32 = 3;
+
+const UPLINK: PortRef = PortRef::Uplink(0);
+const STACK: PortRef = PortRef::Stack(0);
+/// Where packets out of the tunnel are classified.
+const INNER: Group = Group(1);
+
+/// Cookie of the rule that drops and counts a pod's UDP that no other rule forwards.
+pub(crate) fn other_udp(pod: &Pod) -> Cookie {
+    Cookie((0xd0 << 64) | u128::from(vf_number(pod)))
+}
+
+/// Cookie of the rule that hands a pod's TCP to the proxy.
+pub(crate) fn intercept(pod: &Pod) -> Cookie {
+    Cookie((0xc0 << 64) | u128::from(vf_number(pod)))
+}
+
+fn vf_number(pod: &Pod) -> u16 {
+    match pod.port {
+        PortRef::Vf { vf, .. } => vf.0,
+        _ => u16::MAX,
+    }
+}
+
+/// The rules of node `here`.
+pub(crate) fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> {
+    let mut rules = Rules {
+        here,
+        network,
+        next: 1,
+        all: Vec::new(),
+    };
+    rules.tunnel_exit();
+    for pod in pods {
+        if pod.node == here {
+            rules.local(pod);
+        } else {
+            rules.remote(pod);
+        }
+    }
+    rules.all
+}
+
+struct Rules<'a> {
+    here: usize,
+    network: &'a Network,
+    next: u128,
+    all: Vec<SteeringRule>,
+}
+
+impl Rules<'_> {
+    fn add(&mut self, group: Group, priority: u32, pattern: Pattern, actions: Vec<Action>) {
+        let cookie = Cookie(self.next);
+        self.next += 1;
+        self.add_as(cookie, group, priority, pattern, actions);
+    }
+
+    fn add_as(
+        &mut self,
+        cookie: Cookie,
+        group: Group,
+        priority: u32,
+        pattern: Pattern,
+        actions: Vec<Action>,
+    ) {
+        let rule = SteeringRule::new(cookie, Owner::Agent, Priority(priority), pattern, actions);
+        self.all.push(rule.in_group(group));
+    }
+
+    /// Overlay: what arrives for our tunnel endpoint is taken out and classified by its inner headers.
+    fn tunnel_exit(&mut self) {
+        let Network::Overlay { vteps, .. } = self.network else {
+            return;
+        };
+        let outer = Pattern {
+            ip_proto: Some(IpProtocol::UDP),
+            l4_dst: Some(4789.into()),
+            ip_dst: Some(IpMatch::from(vteps[self.here])),
+            ..from(UPLINK)
+        };
+        let actions = vec![
+            Action::Count,
+            Action::Decapsulate(TunnelKind::Vxlan),
+            Action::Jump(INNER),
+        ];
+        self.add(Group::default(), INTERCEPT, outer, actions);
+    }
+
+    fn local(&mut self, pod: &Pod) {
+        let tcp = Pattern {
+            ip_proto: Some(IpProtocol::TCP),
+            ..from(pod.port)
+        };
+        self.add_as(
+            intercept(pod),
+            Group::default(),
+            INTERCEPT,
+            tcp,
+            vec![Action::Count, Action::Punt],
+        );
+        let udp = Pattern {
+            ip_proto: Some(IpProtocol::UDP),
+            ..from(pod.port)
+        };
+        self.add_as(
+            other_udp(pod),
+            Group::default(),
+            REST,
+            udp,
+            vec![Action::Count, Action::Drop],
+        );
+        for address in &pod.addresses {
+            let deliver = [
+                Action::Count,
+                Action::Rewrite(RewriteField::EthSrc(GATEWAY)),
+                Action::Rewrite(RewriteField::EthDst(pod.mac)),
+                Action::Forward(pod.port),
+            ];
+            let proxied = Pattern {
+                port: Some(STACK),
+                ..to(*address)
+            };
+            self.add(Group::default(), INTERCEPT, proxied, deliver.to_vec());
+            let (group, network) = self.arrival(*address);
+            let tcp = Pattern {
+                ip_proto: Some(IpProtocol::TCP),
+                ..network.clone()
+            };
+            self.add(group, INTERCEPT, tcp, vec![Action::Count, Action::Punt]);
+            self.without_proxy(group, FROM_NETWORK, &network, *address, &deliver);
+            self.without_proxy(Group::default(), BETWEEN_PODS, &to(*address), *address, &deliver);
+        }
+    }
+
+    fn remote(&mut self, pod: &Pod) {
+        for address in &pod.addresses {
+            let send = self.to_node(pod.node);
+            let proxied = Pattern {
+                port: Some(STACK),
+                ..to(*address)
+            };
+            self.add(Group::default(), INTERCEPT, proxied, send.clone());
+            self.without_proxy(Group::default(), BETWEEN_PODS, &to(*address), *address, &send);
+        }
+    }
+
+    /// UDP to the open ports, and ICMP.
+    fn without_proxy(
+        &mut self,
+        group: Group,
+        priority: u32,
+        base: &Pattern,
+        address: IpAddr,
+        actions: &[Action],
+    ) {
+        for port in UDP_PORTS {
+            let udp = Pattern {
+                ip_proto: Some(IpProtocol::UDP),
+                l4_dst: Some(port.into()),
+                ..base.clone()
+            };
+            self.add(group, priority, udp, actions.to_vec());
+            let reply = Pattern {
+                ip_proto: Some(IpProtocol::UDP),
+                l4_src: Some(port.into()),
+                ..base.clone()
+            };
+            self.add(group, priority, reply, actions.to_vec());
+        }
+        let icmp = if address.is_ipv4() {
+            IpProtocol::ICMP
+        } else {
+            IpProtocol::ICMPV6
+        };
+        self.add(
+            group,
+            priority,
+            Pattern {
+                ip_proto: Some(icmp),
+                ..base.clone()
+            },
+            actions.to_vec(),
+        );
+    }
+
+    /// Where, and by what, packets from the network to a local pod are recognised.
+    fn arrival(&self, address: IpAddr) -> (Group, Pattern) {
+        match self.network {
+            Network::Overlay { vni, .. } => (
+                INNER,
+                Pattern {
+                    vni: Some(*vni),
+                    ..to(address)
+                },
+            ),
+            Network::Underlay { .. } => (
+                Group::default(),
+                Pattern {
+                    port: Some(UPLINK),
+                    ..to(address)
+                },
+            ),
+        }
+    }
+
+    fn to_node(&self, node: usize) -> Vec<Action> {
+        match self.network {
+            Network::Overlay { vteps, vni } => {
+                let outer = Encapsulation {
+                    kind: TunnelKind::Vxlan,
+                    vni: *vni,
+                    local: vteps[self.here],
+                    remote: vteps[node],
+                    eth_src: GATEWAY,
+                    eth_dst: GATEWAY,
+                };
+                vec![
+                    Action::Count,
+                    Action::Rewrite(RewriteField::EthSrc(GATEWAY)),
+                    Action::Encapsulate(outer),
+                    Action::Forward(UPLINK),
+                ]
+            }
+            Network::Underlay { macs } => vec![
+                Action::Count,
+                Action::Rewrite(RewriteField::EthSrc(macs[self.here])),
+                Action::Rewrite(RewriteField::EthDst(macs[node])),
+                Action::Forward(UPLINK),
+            ],
+        }
+    }
+}
+
+fn from(port: PortRef) -> Pattern {
+    Pattern {
+        port: Some(port),
+        ..Pattern::default()
+    }
+}
+
+fn to(address: IpAddr) -> Pattern {
+    Pattern {
+        ip_dst: Some(IpMatch::from(address)),
+        ..Pattern::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn pods() -> Vec<Pod> {
+        let pod = |name: &str, node, vf, v4: &str, v6: &str| Pod {
+            name: name.to_owned(),
+            node,
+            port: PortRef::vf(vf),
+            mac: MacAddr([2, 0, 0, 0, node as u8, vf as u8]),
+            addresses: vec![v4.parse().expect("address"), v6.parse().expect("address")],
+        };
+        vec![
+            pod("a", 0, 0, "10.244.1.1", "fd00:244:1::1"),
+            pod("b", 0, 1, "10.244.1.2", "fd00:244:1::2"),
+            pod("c", 1, 0, "10.244.2.1", "fd00:244:2::1"),
+        ]
+    }
+
+    #[test]
+    fn every_rule_makes_sense_and_has_a_cookie_of_its_own() {
+        let vni = Vni::try_from(42).expect("24 bits");
+        let networks = [
+            Network::Overlay {
+                vteps: vec!["192.0.2.1".parse().expect("address"); 2],
+                vni,
+            },
+            Network::Underlay {
+                macs: vec![GATEWAY; 2],
+            },
+        ];
+        for network in networks {
+            for here in 0..2 {
+                let rules = rules(here, &pods(), &network);
+                let cookies: HashSet<_> = rules.iter().map(|rule| rule.cookie).collect();
+                assert_eq!(cookies.len(), rules.len());
+                for rule in &rules {
+                    rule.check().unwrap_or_else(|error| panic!("{rule:?}: {error}"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tcp_of_a_pod_has_no_way_but_the_proxy() {
+        let network = Network::Underlay {
+            macs: vec![GATEWAY; 2],
+        };
+        let rules = rules(0, &pods(), &network);
+        for rule in rules
+            .iter()
+            .filter(|rule| rule.actions.iter().any(|a| matches!(a, Action::Forward(_))))
+        {
+            let from_stack = rule.pattern.port == Some(STACK);
+            let not_tcp = rule
+                .pattern
+                .ip_proto
+                .is_some_and(|proto| proto != IpProtocol::TCP);
+            assert!(from_stack || not_tcp, "{rule:?} would forward TCP of a pod");
+        }
+    }
+}

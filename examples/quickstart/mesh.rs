@@ -1,0 +1,235 @@
+//! What the proxies are told: one Envoy v3 bootstrap per node, made from the pods.
+//!
+//! | address | what the proxy does |
+//! |---|---|
+//! | `10.96.0.1:80`, `[fd00:96::1]:80` | HTTP by host: `local`, `remote`, `split`, `slow`, `dead`, `nobody` |
+//! | `10.96.0.2:9000`, `[fd00:96::2]:9000` | TCP to the web pod of the other node |
+//! | a pod's port 8080 | HTTP to that pod: the inbound side |
+//! | any other | TCP to where the client meant |
+//!
+//! The same file starts stock Envoy.
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+
+use super::agent::Pod;
+
+/// Port of the pods' HTTP servers.
+pub(crate) const HTTP_PORT: u16 = 8080;
+/// Port of the pods' TCP sinks and of the TCP service.
+pub(crate) const TCP_PORT: u16 = 9000;
+/// Port of the HTTP service.
+pub(crate) const SERVICE_PORT: u16 = 80;
+/// The proxy's listener.
+pub(crate) const PROXY_PORT: u16 = 15001;
+/// The proxy's admin server, on the SoC's loopback.
+pub(crate) const ADMIN_PORT: u16 = 15000;
+
+/// Address of the HTTP service, by family.
+pub(crate) fn http_service(ipv6: bool) -> IpAddr {
+    address(ipv6, "10.96.0.1", "fd00:96::1")
+}
+
+/// Address of the TCP service, by family.
+pub(crate) fn tcp_service(ipv6: bool) -> IpAddr {
+    address(ipv6, "10.96.0.2", "fd00:96::2")
+}
+
+fn address(ipv6: bool, v4: &str, v6: &str) -> IpAddr {
+    let text = if ipv6 { v6 } else { v4 };
+    text.parse().expect("a literal address")
+}
+
+/// The bootstrap of a node's proxy. `local` and `remote` are the web pods of this and of the other node.
+pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod) -> Value {
+    let listeners: Vec<Value> = [false, true].into_iter().map(listener).collect();
+    let mut clusters = vec![original_destination("original")];
+    for ipv6 in [false, true] {
+        clusters.push(endpoints(
+            &family("local", ipv6),
+            &[endpoint(local, ipv6, HTTP_PORT)],
+        ));
+        clusters.push(endpoints(
+            &family("remote", ipv6),
+            &[endpoint(remote, ipv6, HTTP_PORT)],
+        ));
+        clusters.push(endpoints(&family("dead", ipv6), &[endpoint(local, ipv6, 9)]));
+        clusters.push(endpoints(&family("nobody", ipv6), &[]));
+        clusters.push(endpoints(
+            &family("tcp", ipv6),
+            &[endpoint(remote, ipv6, TCP_PORT)],
+        ));
+    }
+    json!({
+        "node": { "id": format!("node-{}", node + 1), "cluster": "quickstart" },
+        "admin": { "address": socket_address("127.0.0.1", ADMIN_PORT) },
+        "static_resources": { "listeners": listeners, "clusters": clusters },
+    })
+}
+
+fn family(name: &str, ipv6: bool) -> String {
+    format!("{name}-{}", if ipv6 { "v6" } else { "v4" })
+}
+
+fn socket_address(address: &str, port: u16) -> Value {
+    json!({ "socket_address": { "address": address, "port_value": port } })
+}
+
+fn listener(ipv6: bool) -> Value {
+    json!({
+        "name": family("intercept", ipv6),
+        "address": socket_address(if ipv6 { "::" } else { "0.0.0.0" }, PROXY_PORT),
+        "transparent": true,
+        "listener_filters": [
+            typed("envoy.filters.listener.original_dst", "filters.listener.original_dst.v3.OriginalDst", json!({})),
+            typed(
+                "envoy.filters.listener.original_src",
+                "filters.listener.original_src.v3.OriginalSrc",
+                json!({}),
+            ),
+        ],
+        "filter_chains": [
+            {
+                "name": "outbound-http",
+                "filter_chain_match": { "destination_port": SERVICE_PORT },
+                "filters": [http("outbound", ipv6, outbound_routes(ipv6))],
+            },
+            {
+                "name": "inbound-http",
+                "filter_chain_match": { "destination_port": HTTP_PORT },
+                "filters": [http("inbound", ipv6, inbound_routes())],
+            },
+            {
+                "name": "outbound-tcp",
+                "filter_chain_match": {
+                    "destination_port": TCP_PORT,
+                    "prefix_ranges": [{
+                        "address_prefix": tcp_service(ipv6).to_string(),
+                        "prefix_len": if ipv6 { 128 } else { 32 },
+                    }],
+                },
+                "filters": [tcp(&family("outbound", ipv6), &family("tcp", ipv6))],
+            },
+        ],
+        "default_filter_chain": { "name": "passthrough", "filters": [tcp(&family("passthrough", ipv6), "original")] },
+    })
+}
+
+fn typed(name: &str, kind: &str, mut config: Value) -> Value {
+    config["@type"] = format!("type.googleapis.com/envoy.extensions.{kind}").into();
+    json!({ "name": name, "typed_config": config })
+}
+
+fn tcp(prefix: &str, cluster: &str) -> Value {
+    let config = json!({ "stat_prefix": prefix, "cluster": cluster });
+    typed(
+        "envoy.filters.network.tcp_proxy",
+        "filters.network.tcp_proxy.v3.TcpProxy",
+        config,
+    )
+}
+
+fn http(direction: &str, ipv6: bool, virtual_hosts: Value) -> Value {
+    let name = family(direction, ipv6);
+    let router = typed(
+        "envoy.filters.http.router",
+        "filters.http.router.v3.Router",
+        json!({}),
+    );
+    let config = json!({
+        "stat_prefix": name,
+        "codec_type": "HTTP1",
+        "http_filters": [router],
+        "route_config": { "name": name, "virtual_hosts": virtual_hosts },
+    });
+    typed(
+        "envoy.filters.network.http_connection_manager",
+        "filters.network.http_connection_manager.v3.HttpConnectionManager",
+        config,
+    )
+}
+
+fn inbound_routes() -> Value {
+    let route = json!({ "match": { "prefix": "/" }, "route": { "cluster": "original", "timeout": "0s" } });
+    json!([{ "name": "inbound", "domains": ["*"], "routes": [route] }])
+}
+
+fn outbound_routes(ipv6: bool) -> Value {
+    let cluster = |name: &str| family(name, ipv6);
+    let all = json!({ "prefix": "/" });
+    let to = |name: &str| json!([{ "match": all.clone(), "route": { "cluster": cluster(name) } }]);
+    let split = json!([
+        {
+            "match": {
+                "prefix": "/",
+                "headers": [{ "name": "x-version", "string_match": { "exact": "2" } }],
+            },
+            "route": { "cluster": cluster("remote") },
+        },
+        {
+            "match": all.clone(),
+            "route": { "weighted_clusters": { "clusters": [
+                { "name": cluster("local"), "weight": 90 },
+                { "name": cluster("remote"), "weight": 10 },
+            ] } },
+        },
+    ]);
+    let slow = json!([{ "match": all.clone(), "route": { "cluster": cluster("local"), "timeout": "0.2s" } }]);
+    json!([
+        { "name": "local", "domains": ["local"], "routes": to("local") },
+        { "name": "remote", "domains": ["remote"], "routes": to("remote") },
+        { "name": "split", "domains": ["split"], "routes": split },
+        { "name": "slow", "domains": ["slow"], "routes": slow },
+        { "name": "dead", "domains": ["dead"], "routes": to("dead") },
+        { "name": "nobody", "domains": ["nobody"], "routes": to("nobody") },
+    ])
+}
+
+fn original_destination(name: &str) -> Value {
+    json!({ "name": name, "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "2s" })
+}
+
+fn endpoint(pod: &Pod, ipv6: bool, port: u16) -> Value {
+    let address = pod
+        .addresses
+        .iter()
+        .find(|address| address.is_ipv6() == ipv6)
+        .expect("a pod has both families");
+    json!({ "endpoint": { "address": socket_address(&address.to_string(), port) } })
+}
+
+fn endpoints(name: &str, endpoints: &[Value]) -> Value {
+    json!({
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "2s",
+        "load_assignment": { "cluster_name": name, "endpoints": [{ "lb_endpoints": endpoints }] },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dpumesh_core::{MacAddr, PortRef};
+
+    #[test]
+    fn the_proxy_takes_its_bootstrap() {
+        let pod = |name: &str, v4: &str, v6: &str| Pod {
+            name: name.to_owned(),
+            node: 0,
+            port: PortRef::vf(0),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            addresses: vec![v4.parse().expect("address"), v6.parse().expect("address")],
+        };
+        let bootstrap = bootstrap(
+            0,
+            &pod("a", "10.244.1.1", "fd00:244:1::1"),
+            &pod("b", "10.244.2.1", "fd00:244:2::1"),
+        );
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("proxy.json");
+        std::fs::write(&file, bootstrap.to_string()).expect("written");
+        dpumesh_proxy::program::validate(&file).expect("the proxy takes the file");
+    }
+}

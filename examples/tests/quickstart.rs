@@ -1,0 +1,226 @@
+//! The quickstart as its users run it: every mode, the faults, killed in the middle, again and again; and
+//! that nothing is left behind.
+//!
+//! The runs have a runtime folder of their own, so that a quickstart of the same user does not stand in their way.
+//! `DPUMESH_CYCLES` (20 by default) says how often a run starts and stops.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dpumesh_hw::netlink::Netlink;
+use serde_json::Value;
+
+/// One run at a time: the machine's cores are few and the scenarios look at the clock.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A scenario that takes no time.
+const CHEAP: [&str; 3] = ["--no-figures", "--only", "route by header"];
+#[test]
+fn overlay() {
+    let place = Place::new();
+    let report = place.report(&["--no-figures"]);
+    assert!(
+        report["scenarios"].as_array().is_some_and(|all| all.len() >= 13),
+        "{report}"
+    );
+    place.check_clean();
+}
+
+#[test]
+fn underlay() {
+    let place = Place::new();
+    place.report(&["--no-figures", "--mode", "underlay"]);
+    place.check_clean();
+}
+
+#[test]
+fn faults() {
+    let place = Place::new();
+    let report = place.report(&["--faults"]);
+    assert!(
+        report["scenarios"].as_array().is_some_and(|all| all.len() >= 9),
+        "{report}"
+    );
+    place.check_clean();
+}
+
+#[test]
+fn a_killed_run_is_cleaned_up_by_the_next() {
+    let place = Place::new();
+    let mut command = place.quickstart(&CHEAP);
+    let mut killed = command
+        .arg("--keep")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("started");
+    let output = BufReader::new(killed.stdout.take().expect("a pipe"));
+    let runs = output
+        .lines()
+        .map_while(Result::ok)
+        .any(|line| line.contains("left running until Ctrl-C"));
+    killed.kill().expect("killed");
+    killed.wait().expect("reaped");
+    assert!(runs, "it ended before its scenarios did");
+    let again = place.run(&CHEAP);
+    let words = String::from_utf8_lossy(&again.stdout);
+    assert!(
+        again.status.success() && words.contains("cleaned up after a run that was killed"),
+        "{words}"
+    );
+    place.check_clean();
+}
+
+#[test]
+fn many_cycles_leave_nothing() {
+    let cycles: u32 = match std::env::var("DPUMESH_CYCLES") {
+        Ok(text) => text.parse().expect("DPUMESH_CYCLES is a number"),
+        Err(_) => 20,
+    };
+    let place = Place::new();
+    for cycle in 1..=cycles {
+        let mode = if cycle % 2 == 0 { "underlay" } else { "overlay" };
+        let run = place.run(&[&CHEAP[..], &["--mode", mode]].concat());
+        assert!(run.status.success(), "cycle {cycle} of {cycles}: {}", told(&run));
+        place.check_clean();
+    }
+}
+
+/// Where a test's runs take place, and what was there before.
+struct Place {
+    folder: tempfile::TempDir,
+    executable: PathBuf,
+    before: Network,
+    _one: MutexGuard<'static, ()>,
+}
+
+/// What a run may not change on the machine.
+#[derive(Debug, PartialEq, Eq)]
+struct Network {
+    configuration: Vec<String>,
+    namespace_mounts: BTreeSet<String>,
+}
+
+impl Network {
+    fn read() -> Self {
+        let snapshot = Netlink::open()
+            .and_then(|mut netlink| netlink.snapshot())
+            .expect("listed");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("read");
+        Self {
+            configuration: snapshot.lines().map(str::to_owned).collect(),
+            namespace_mounts: mounts
+                .lines()
+                .filter(|line| line.contains(" nsfs "))
+                .map(str::to_owned)
+                .collect(),
+        }
+    }
+}
+
+impl Place {
+    fn new() -> Self {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let executable = executable();
+        Self {
+            folder: tempfile::tempdir().expect("made"),
+            executable,
+            before: Network::read(),
+            _one: one,
+        }
+    }
+
+    fn quickstart(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.executable);
+        command
+            .args(arguments)
+            .env("XDG_RUNTIME_DIR", self.folder.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.quickstart(arguments).output().expect("started")
+    }
+
+    /// Runs it, looks at the shape of its JSON and that everything passed.
+    fn report(&self, arguments: &[&str]) -> Value {
+        let file = self.folder.path().join("report.json");
+        let run = self.run(&[arguments, &["--json", file.to_str().expect("UTF-8")]].concat());
+        assert!(run.status.success(), "{}", told(&run));
+        let report: Value = serde_json::from_slice(&fs::read(&file).expect("written")).expect("JSON");
+        for table in ["latency_us", "cpu_us_per_request", "rss_kib"] {
+            assert!(report[table].is_object(), "{table} in {report}");
+        }
+        let scenarios = report["scenarios"].as_array().expect("a list");
+        for scenario in scenarios {
+            let is_whole = scenario["name"].is_string() && scenario["detail"].is_string();
+            assert!(is_whole && scenario["passed"] == true, "{scenario}");
+        }
+        fs::remove_file(&file).expect("removed");
+        report
+    }
+
+    /// No process, no file of the run, and the machine's network as it was.
+    fn check_clean(&self) {
+        let of_this_run = [self.executable.as_path(), &self.folder.path().join("quickstart")];
+        // Processes die with their parent: at once, but not before it.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !processes(&of_this_run).is_empty() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(
+            processes(&of_this_run),
+            Vec::<String>::new(),
+            "processes and their namespaces are left"
+        );
+        let kept = fs::read_dir(self.folder.path().join("dpumesh-quickstart")).expect("the folder of runs");
+        let kept: Vec<_> = kept.map(|entry| entry.expect("listed").file_name()).collect();
+        assert_eq!(kept, ["lock"], "files are left");
+        assert_eq!(
+            Network::read(),
+            self.before,
+            "links, addresses, routes, rules or mounts are left"
+        );
+    }
+}
+
+/// The quickstart beside this test, in the same build.
+fn executable() -> PathBuf {
+    let test = std::env::current_exe().expect("known");
+    let profile = test.parent().and_then(Path::parent).expect("target/PROFILE/deps");
+    let executable = profile.join("examples/quickstart");
+    assert!(
+        executable.is_file(),
+        "{} is missing: `cargo test` builds it, `cargo test --test quickstart` alone does not",
+        executable.display()
+    );
+    executable
+}
+
+/// Processes that run one of the files, with the network namespace that each keeps alive.
+fn processes(files: &[&Path]) -> Vec<String> {
+    let all = fs::read_dir("/proc").expect("listed").filter_map(Result::ok);
+    all.filter_map(|entry| {
+        let path = entry.path();
+        let file = fs::read_link(path.join("exe")).ok()?;
+        let namespace = fs::read_link(path.join("ns/net")).unwrap_or_default();
+        let is_one = files.iter().any(|wanted| file == *wanted);
+        is_one.then(|| format!("{} in {}", path.display(), namespace.display()))
+    })
+    .collect()
+}
+
+fn told(run: &Output) -> String {
+    format!(
+        "{}\n{}\n{}",
+        run.status,
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr)
+    )
+}
