@@ -2,6 +2,7 @@
 //!
 //! | module | for |
 //! |---|---|
+//! | [`flow`] | its tables: exact flows and masked rules |
 //! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
 #![cfg_attr(
     feature = "channel",
@@ -15,5 +16,7 @@
 
 
 // Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
+#[cfg(not(loom))]
+pub mod flow;
 #[cfg(not(loom))]
 pub mod wire;
