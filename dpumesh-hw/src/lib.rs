@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`flow`] | its tables: exact flows and masked rules |
 //! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
+//! | [`stream`] | transparent interception: how the proxy gets the pods' TCP |
+//! | [`netns`], [`netlink`] | network namespaces and rtnetlink, without the programs `ip` and `nft` |
 #![cfg_attr(
     feature = "channel",
     doc = "| [`channel`] | gRPC between the node agent and the dataplane |"
@@ -18,5 +20,11 @@
 // Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
 #[cfg(not(loom))]
 pub mod flow;
+#[cfg(not(loom))]
+pub mod netlink;
+#[cfg(not(loom))]
+pub mod netns;
+#[cfg(not(loom))]
+pub mod stream;
 #[cfg(not(loom))]
 pub mod wire;
