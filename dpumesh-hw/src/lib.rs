@@ -5,7 +5,9 @@
 //! | [`flow`] | its tables: exact flows and masked rules |
 //! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
 //! | [`stream`] | transparent interception: how the proxy gets the pods' TCP |
+//! | [`ring`], [`shm`] | channels over shared memory |
 //! | [`netns`], [`netlink`] | network namespaces and rtnetlink, without the programs `ip` and `nft` |
+//! | [`events`] | bounded event queues |
 #![cfg_attr(
     feature = "channel",
     doc = "| [`channel`] | gRPC between the node agent and the dataplane |"
@@ -16,14 +18,24 @@
 )]
 #![deny(unsafe_code)]
 
+#[allow(unsafe_code, reason = "a named home of unsafe: loom's cells, in tests")]
+pub mod ring;
 
 // Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
+#[cfg(not(loom))]
+pub mod events;
 #[cfg(not(loom))]
 pub mod flow;
 #[cfg(not(loom))]
 pub mod netlink;
 #[cfg(not(loom))]
 pub mod netns;
+#[cfg(not(loom))]
+#[allow(
+    unsafe_code,
+    reason = "a named home of unsafe: mappings and received descriptors"
+)]
+pub mod shm;
 #[cfg(not(loom))]
 pub mod stream;
 #[cfg(not(loom))]
