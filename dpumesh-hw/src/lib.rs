@@ -4,7 +4,10 @@
 //! |---|---|
 //! | [`flow`] | its tables: exact flows and masked rules |
 //! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
+//! | [`steering`] | the steering contract as a data structure, for backends that keep rules themselves |
 //! | [`stream`] | transparent interception: how the proxy gets the pods' TCP |
+//! | [`memory`] | the reference backend: the contract in executable form |
+//! | [`wrap`] | decorators over any backend: trace, fault, limit, validate |
 //! | [`ring`], [`shm`] | channels over shared memory |
 //! | [`netns`], [`netlink`] | network namespaces and rtnetlink, without the programs `ip` and `nft` |
 //! | [`events`] | bounded event queues |
@@ -27,6 +30,8 @@ pub mod events;
 #[cfg(not(loom))]
 pub mod flow;
 #[cfg(not(loom))]
+pub mod memory;
+#[cfg(not(loom))]
 pub mod netlink;
 #[cfg(not(loom))]
 pub mod netns;
@@ -37,6 +42,10 @@ pub mod netns;
 )]
 pub mod shm;
 #[cfg(not(loom))]
+pub mod steering;
+#[cfg(not(loom))]
 pub mod stream;
 #[cfg(not(loom))]
 pub mod wire;
+#[cfg(not(loom))]
+pub mod wrap;
