@@ -25,6 +25,8 @@
 pub mod ring;
 
 // Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
+#[cfg(all(feature = "conformance", not(loom)))]
+pub mod conformance;
 #[cfg(not(loom))]
 pub mod events;
 #[cfg(not(loom))]

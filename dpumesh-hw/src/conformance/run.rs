@@ -1,0 +1,194 @@
+//! [`run`]: the walk over the cases, one thread, one fresh rig and one deadline each.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::cases::{CASES, Case};
+use super::check::{CaseResult, Halt};
+use super::expected::Expectations;
+use super::report::{Entry, Outcome, Report};
+use super::{Fixture, VERSION};
+
+/// Runs the cases whose name contains `filter` (all for an empty one), or whose part is `filter`, in the order of [`CASES`], each
+/// for at most `deadline`.
+///
+/// A failure, a panic or an overrun of one case is that case's outcome and never ends the run. A case that has blocked its
+/// thread beyond the deadline keeps that thread; the run goes on without it.
+pub async fn run(fixture: Arc<dyn Fixture>, filter: &str, deadline: Duration) -> Report {
+    let expectations = fixture.expectations();
+    let mut entries = Vec::new();
+    for case in CASES
+        .iter()
+        .filter(|case| case.name.contains(filter) || case.part == filter)
+    {
+        let begun = Instant::now();
+        let outcome = judge(
+            case.name,
+            run_case(&fixture, *case, deadline).await,
+            &expectations,
+        );
+        entries.push(Entry {
+            part: case.part.to_owned(),
+            case: case.name.to_owned(),
+            sentence: case.sentence.to_owned(),
+            outcome,
+            micros: begun.elapsed().as_micros().try_into().unwrap_or(u64::MAX),
+        });
+    }
+    Report {
+        fixture: fixture.name(),
+        kit: VERSION.to_owned(),
+        entries,
+    }
+}
+
+fn judge(case: &str, result: CaseResult, expectations: &Expectations) -> Outcome {
+    match (result, expectations.failures.get(case)) {
+        (Ok(()), _) => Outcome::Passed,
+        (Err(Halt::NotSupported { capability, reason }), _) => Outcome::NotSupported { capability, reason },
+        (Err(Halt::Failed(message)), None) => Outcome::Failed { message },
+        (Err(Halt::Failed(message)), Some(reason)) => Outcome::ExpectedFailure {
+            reason: reason.clone(),
+            message,
+        },
+    }
+}
+
+async fn run_case(fixture: &Arc<dyn Fixture>, case: Case, deadline: Duration) -> CaseResult {
+    let (sender, answer) = oneshot::channel();
+    let fixture = Arc::clone(fixture);
+    let spawned = thread::Builder::new().name(case.name.to_owned()).spawn(move || {
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            on_this_thread(&*fixture, case, deadline)
+        }));
+        let result = caught
+            .unwrap_or_else(|payload| Err(Halt::Failed(format!("panicked: {}", panic_text(&*payload)))));
+        let _ = sender.send(result); // nobody listens any more after the deadline
+    });
+    if let Err(error) = spawned {
+        return Err(Halt::Failed(format!("no thread to run on: {error}")));
+    }
+    // The inner deadline speaks first unless the thread is blocked.
+    let grace = deadline + deadline / 4 + Duration::from_millis(250);
+    match tokio::time::timeout(grace, answer).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(Halt::Failed(
+            "the case's thread ended without an answer".to_owned(),
+        )),
+        Err(_) => Err(Halt::Failed(format!(
+            "blocked its thread for more than {deadline:?}: no call may block"
+        ))),
+    }
+}
+
+fn on_this_thread(fixture: &dyn Fixture, case: Case, deadline: Duration) -> CaseResult {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Halt::Failed(format!("no runtime to run on: {error}")))?;
+    runtime.block_on(async {
+        let whole = async {
+            let rig = fixture.open().await?;
+            case.check_needs(&*rig).await?;
+            (case.run)(&*rig).await
+        };
+        tokio::time::timeout(deadline, whole)
+            .await
+            .unwrap_or_else(|_| Err(Halt::Failed(format!("not done after {deadline:?}"))))
+    })
+}
+
+fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use dpumesh_core::Result;
+
+    use super::*;
+    use crate::conformance::Rig;
+
+    /// Misbehaves before there is a card.
+    #[derive(Debug)]
+    enum Misfit {
+        Panics,
+        Hangs,
+        Blocks,
+    }
+
+    #[async_trait]
+    impl Fixture for Misfit {
+        fn name(&self) -> String {
+            "misfit".into()
+        }
+
+        async fn open(&self) -> Result<Box<dyn Rig>> {
+            match self {
+                Self::Panics => panic!("no card today"),
+                Self::Hangs => std::future::pending().await,
+                Self::Blocks => loop {
+                    thread::park();
+                },
+            }
+        }
+
+        fn expectations(&self) -> Expectations {
+            let reason = ("releasing_again_is_not_current".into(), "known".into());
+            Expectations {
+                failures: [reason].into(),
+                ..Expectations::default()
+            }
+        }
+    }
+
+    async fn one(misfit: Misfit, case: &str) -> Outcome {
+        // Long enough for a busy machine to start a thread; a case that hangs waits for all of it.
+        let deadline = Duration::from_millis(500);
+        let report = run(Arc::new(misfit), case, deadline).await;
+        assert_eq!(report.entries.len(), 1, "{case} names one case");
+        report.entries.into_iter().next().expect("one entry").outcome
+    }
+
+    #[tokio::test]
+    async fn a_panic_an_overrun_and_a_blocked_thread_are_failures_of_their_case() {
+        let case = "an_empty_owner_is_invalid";
+        for (misfit, text) in [
+            (Misfit::Panics, "panicked: no card today"),
+            (Misfit::Hangs, "not done after"),
+            (Misfit::Blocks, "blocked its thread"),
+        ] {
+            match one(misfit, case).await {
+                Outcome::Failed { message } => assert!(message.starts_with(text), "{message}"),
+                other => panic!("{other}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_listed_failure_is_expected() {
+        let outcome = one(Misfit::Panics, "releasing_again_is_not_current").await;
+        assert!(matches!(outcome, Outcome::ExpectedFailure { reason, .. } if reason == "known"));
+    }
+
+    #[tokio::test]
+    async fn a_part_selects_its_cases() {
+        let report = run(Arc::new(Misfit::Panics), "events", Duration::from_secs(1)).await;
+        assert!(report.entries.len() > 5);
+        assert!(
+            report
+                .entries
+                .iter()
+                .all(|entry| entry.part == "events" || entry.case.contains("events"))
+        );
+    }
+}
