@@ -2,6 +2,7 @@
 //!
 //! | module | for |
 //! |---|---|
+//! | [`dataplane`] | the software engine: frames between the ports of a card, by steering rules |
 //! | [`flow`] | its tables: exact flows and masked rules |
 //! | [`wire`] | its packet formats, checksums, segmentation and encapsulation |
 //! | [`steering`] | the steering contract as a data structure, for backends that keep rules themselves |
@@ -25,8 +26,12 @@
 pub mod ring;
 
 // Under `--cfg loom` only the rings are explored: mapped memory and foreign runtimes cannot hold loom's atomics.
+#[cfg(all(feature = "channel", not(loom)))]
+pub mod channel;
 #[cfg(all(feature = "conformance", not(loom)))]
 pub mod conformance;
+#[cfg(not(loom))]
+pub mod dataplane;
 #[cfg(not(loom))]
 pub mod events;
 #[cfg(not(loom))]
