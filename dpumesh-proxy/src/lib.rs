@@ -1,1 +1,25 @@
-//! Placeholder.
+//! The shared service proxy of a DPU's SoC.
+//!
+//! ```text
+//! listener ─► filter chain ─┬─ http1::serve ─► route ─┐
+//!                           └─ tcp::relay ────────────┴─► upstream: cluster ─► endpoint ─► connection
+//! ```
+//! Reads an Envoy v3 bootstrap ([`config`]), serves Envoy's admin paths ([`admin`]) and Envoy's statistics
+//! ([`stats`]). One [`worker`] per core owns everything a request touches; [`program`] starts workers and the control
+//! thread, for the program `dpu-proxy` and for whoever embeds it. What differs from Envoy: `dpumesh-proxy/README.md`.
+
+#![forbid(unsafe_code)]
+
+pub mod access_log;
+pub mod admin;
+mod alarm;
+pub mod config;
+pub mod dataplane;
+pub mod http1;
+pub mod io;
+pub mod program;
+pub mod route;
+pub mod stats;
+mod tcp;
+pub mod upstream;
+pub mod worker;

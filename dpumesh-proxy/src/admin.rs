@@ -1,0 +1,515 @@
+//! The admin server: Envoy's paths, on the control thread.
+//!
+//! Speaks HTTP/1.1 by the proxy's own parser. What changes something is POST only. There is no authentication, as in
+//! Envoy: bind it to an address only operators reach.
+
+use std::fmt::Write as _;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use regex::Regex;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::config::model::{Balance, ClusterKind, Config};
+use crate::http1::head::{Framing, RequestHead, Scan};
+use crate::http1::reply;
+use crate::program::{Shared, State};
+use crate::stats::{self, Kind, Shard};
+
+const LARGEST_HEAD: usize = 16 * 1024;
+
+/// Every path: name, method, what it does.
+const PATHS: &[(&str, &str, &str)] = &[
+    ("/clusters", "GET", "upstream cluster status (?format=json)"),
+    (
+        "/config_dump",
+        "GET",
+        "the configuration in force (?include_eds, ?resource=FIELD, ?name_regex=RE)",
+    ),
+    (
+        "/drain_listeners",
+        "POST",
+        "begin to drain, as /quitquitquit does",
+    ),
+    ("/help", "GET", "print this list"),
+    ("/listeners", "GET", "listener addresses (?format=json)"),
+    ("/quitquitquit", "POST", "drain and exit"),
+    ("/ready", "GET", "LIVE with 200, otherwise the state with 503"),
+    ("/reopen_logs", "POST", "open access log files anew"),
+    ("/reset_counters", "POST", "set all counters to zero"),
+    ("/server_info", "GET", "version, state, command line, node"),
+    (
+        "/stats",
+        "GET",
+        "counters and gauges (?usedonly, ?filter=RE, ?type=Counters|Gauges, ?format=json|prometheus)",
+    ),
+    ("/stats/prometheus", "GET", "the same for Prometheus (?usedonly)"),
+];
+
+/// Serves until the listener's thread ends.
+pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let listener = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "the admin server was lost");
+            return;
+        }
+    };
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::task::spawn_local(connection(stream, Arc::clone(&shared)));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "admin: accept failed");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(mut stream: TcpStream, shared: Arc<Shared>) {
+    let mut data = Vec::new();
+    let mut head = RequestHead::default();
+    loop {
+        let mut scan = Scan::default();
+        let length = loop {
+            match scan.find(&data) {
+                Ok(Some(length)) => break length,
+                Ok(None) if data.len() <= LARGEST_HEAD => {}
+                _ => return,
+            }
+            match stream.read_buf(&mut data).await {
+                Ok(n) if n > 0 => {}
+                _ => return,
+            }
+        };
+        let parsed = head.parse(&mut data[..length]);
+        let text = &data[..length];
+        let (answer, keep) = match parsed {
+            Err(refusal) => (Answer::text(400, format!("{refusal}\n")), false),
+            Ok(()) => {
+                let keep = head.fields.persistent() && head.fields.framing == Framing::None;
+                let target = String::from_utf8_lossy(head.path.of_head(text)).into_owned();
+                let method = head.method.of_head(text).to_vec();
+                (answer(&shared, &method, &target), keep)
+            }
+        };
+        let is_head = parsed.is_ok() && head.method.of_head(text) == b"HEAD";
+        data.drain(..length);
+        if stream.write_all(&answer.bytes(keep, is_head)).await.is_err() || !keep {
+            let _ = stream.shutdown().await;
+            return;
+        }
+    }
+}
+
+struct Answer {
+    status: u16,
+    kind: &'static str,
+    body: String,
+}
+
+impl Answer {
+    fn text(status: u16, body: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind: "text/plain; charset=UTF-8",
+            body: body.into(),
+        }
+    }
+
+    fn json(value: &Value) -> Self {
+        let body = serde_json::to_string_pretty(value).unwrap_or_default();
+        Self {
+            status: 200,
+            kind: "application/json",
+            body,
+        }
+    }
+
+    fn bytes(&self, keep: bool, is_head: bool) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.body.len() + 256);
+        reply::status_line(self.status, &mut out);
+        reply::header(b"content-type", self.kind.as_bytes(), &mut out);
+        reply::header(b"cache-control", b"no-cache, max-age=0", &mut out);
+        reply::header(b"x-content-type-options", b"nosniff", &mut out);
+        reply::header(
+            b"date",
+            httpdate::fmt_http_date(SystemTime::now()).as_bytes(),
+            &mut out,
+        );
+        reply::header(b"server", b"envoy", &mut out);
+        reply::header_number(b"content-length", self.body.len() as u64, &mut out);
+        if !keep {
+            reply::header(b"connection", b"close", &mut out);
+        }
+        out.extend_from_slice(b"\r\n");
+        if !is_head {
+            out.extend_from_slice(self.body.as_bytes());
+        }
+        out
+    }
+}
+
+fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let query = Query(query);
+    let path = if path == "/" { "/help" } else { path };
+    let Some((_, wanted, _)) = PATHS.iter().find(|(p, ..)| *p == path) else {
+        return Answer::text(404, format!("invalid path. {}", help()));
+    };
+    if *wanted == "POST" && method != b"POST" {
+        return Answer::text(405, "Method Not Allowed");
+    }
+    let config = shared.config.load_full();
+    match path {
+        "/ready" => {
+            let state = shared.state();
+            Answer::text(if state == State::Live { 200 } else { 503 }, format!("{state}\n"))
+        }
+        "/stats" => self::stats(shared, &query),
+        "/stats/prometheus" => Answer::text(200, prometheus(shared, &query)),
+        "/config_dump" => config_dump(&config, &query),
+        "/clusters" => clusters(&config, &query),
+        "/listeners" => listeners(shared, &query),
+        "/server_info" => Answer::json(&server_info(shared, &config)),
+        "/quitquitquit" | "/drain_listeners" => {
+            shared.quit();
+            Answer::text(200, "OK\n")
+        }
+        "/reset_counters" => {
+            shared.registry.reset_counters();
+            Answer::text(200, "OK\n")
+        }
+        "/reopen_logs" => match shared.sinks.reopen() {
+            Ok(()) => Answer::text(200, "OK\n"),
+            Err(error) => Answer::text(500, format!("{error}\n")),
+        },
+        _ => Answer::text(200, help()),
+    }
+}
+
+fn help() -> String {
+    let mut text = "admin commands are:\n".to_owned();
+    for (path, method, what) in PATHS {
+        let method = if *method == "POST" { " (POST)" } else { "" };
+        let _ = writeln!(text, "  {path}{method}: {what}");
+    }
+    text
+}
+
+struct Query<'a>(&'a str);
+
+impl Query<'_> {
+    fn get(&self, key: &str) -> Option<String> {
+        self.0.split('&').find_map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (name == key).then(|| decode(value))
+        })
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.get(key).is_some_and(|v| v != "false" && v != "0")
+    }
+
+    fn regex(&self, key: &str) -> Result<Option<Regex>, Answer> {
+        let pattern = self.get(key).filter(|p| !p.is_empty());
+        let compiled = pattern.map(|p| Regex::new(&p)).transpose();
+        compiled.map_err(|e| Answer::text(400, format!("invalid {key}: {e}\n")))
+    }
+}
+
+/// Undoes percent encoding; what is not valid stays as it is.
+fn decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let pair = text.get(at + 1..at + 3).filter(|_| bytes[at] == b'%');
+        match pair.and_then(|p| u8::from_str_radix(p, 16).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                at += 3;
+            }
+            None => {
+                out.push(if bytes[at] == b'+' { b' ' } else { bytes[at] });
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn refresh(shared: &Shared) {
+    use stats::Server;
+    let server = shared.registry.scope("server", Server::TABLE);
+    server.set(Shard::CONTROL, Server::Uptime, shared.started.elapsed().as_secs());
+    server.set(Shard::CONTROL, Server::State, shared.state() as u64);
+    server.set(Shard::CONTROL, Server::MemoryPhysical, resident());
+    let mut connections = 0u64;
+    shared.registry.each(|scope, member, _, value| {
+        if scope.starts_with("listener.") && member == "downstream_cx_active" {
+            connections += value;
+        }
+    });
+    server.set(Shard::CONTROL, Server::TotalConnections, connections);
+}
+
+/// Resident memory, octets; 0 where the system does not tell.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    let kib = line
+        .and_then(|l| l.split_whitespace().next())
+        .and_then(|n| n.parse::<u64>().ok());
+    kib.unwrap_or_default() * 1024
+}
+
+fn prometheus(shared: &Shared, query: &Query<'_>) -> String {
+    refresh(shared);
+    shared.registry.prometheus(query.has("usedonly"))
+}
+
+fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
+    if query.get("format").as_deref() == Some("prometheus") {
+        return Answer::text(200, prometheus(shared, query));
+    }
+    let filter = match query.regex("filter") {
+        Ok(filter) => filter,
+        Err(answer) => return answer,
+    };
+    refresh(shared);
+    let (used, kind) = (query.has("usedonly"), query.get("type"));
+    let mut all: Vec<(String, u64)> = Vec::new();
+    shared.registry.each(|scope, member, member_kind, value| {
+        let name = format!("{scope}.{member}");
+        let kind_fits = match kind.as_deref() {
+            Some("Counters") => member_kind == Kind::Counter,
+            Some("Gauges") => member_kind == Kind::Gauge,
+            Some("Histograms" | "TextReadouts") => false,
+            _ => true,
+        };
+        if kind_fits && (!used || value != 0) && filter.as_ref().is_none_or(|f| f.is_match(&name)) {
+            all.push((name, value));
+        }
+    });
+    all.sort();
+    if query.get("format").as_deref() == Some("json") {
+        let all: Vec<Value> = all
+            .into_iter()
+            .map(|(name, value)| json!({"name": name, "value": value}))
+            .collect();
+        return Answer::json(&json!({"stats": all}));
+    }
+    let mut text = String::new();
+    for (name, value) in all {
+        let _ = writeln!(text, "{name}: {value}");
+    }
+    Answer::text(200, text)
+}
+
+fn clusters(config: &Config, query: &Query<'_>) -> Answer {
+    let filter = match query.regex("filter") {
+        Ok(filter) => filter,
+        Err(answer) => return answer,
+    };
+    let wanted = config
+        .clusters
+        .iter()
+        .filter(|c| filter.as_ref().is_none_or(|f| f.is_match(&c.name)));
+    if query.get("format").as_deref() == Some("json") {
+        let statuses: Vec<Value> = wanted.map(|c| cluster_json(c)).collect();
+        return Answer::json(&json!({"cluster_statuses": statuses}));
+    }
+    let mut text = String::new();
+    for cluster in wanted {
+        let name = &cluster.name;
+        let limits = cluster.limits;
+        let _ = writeln!(text, "{name}::observability_name::{name}");
+        let _ = writeln!(
+            text,
+            "{name}::default_priority::max_connections::{}",
+            limits.max_connections
+        );
+        let _ = writeln!(
+            text,
+            "{name}::default_priority::max_pending_requests::{}",
+            limits.max_pending
+        );
+        let _ = writeln!(
+            text,
+            "{name}::default_priority::max_requests::{}",
+            limits.max_requests
+        );
+        let _ = writeln!(text, "{name}::added_via_api::{}", cluster.dynamic);
+        for endpoint in &cluster.endpoints {
+            let front = format!("{name}::{}", endpoint.address);
+            let health = if endpoint.healthy {
+                "healthy"
+            } else {
+                "/failed_eds_health"
+            };
+            let _ = writeln!(text, "{front}::hostname::");
+            let _ = writeln!(text, "{front}::health_flags::{health}");
+            let _ = writeln!(text, "{front}::weight::{}", endpoint.weight);
+            let _ = writeln!(text, "{front}::priority::0");
+        }
+    }
+    Answer::text(200, text)
+}
+
+fn cluster_json(cluster: &crate::config::model::Cluster) -> Value {
+    let hosts: Vec<Value> = cluster
+        .endpoints
+        .iter()
+        .map(|e| {
+            let health = if e.healthy {
+                json!({"eds_health_status": "HEALTHY"})
+            } else {
+                json!({"eds_health_status": "UNHEALTHY"})
+            };
+            json!({"address": address_json(e.address), "weight": e.weight, "health_status": health})
+        })
+        .collect();
+    let kind = match cluster.kind {
+        ClusterKind::Static => "STATIC",
+        ClusterKind::Eds => "EDS",
+        ClusterKind::OriginalDst => "ORIGINAL_DST",
+    };
+    let balance = match cluster.balance {
+        Balance::RoundRobin => "ROUND_ROBIN",
+        Balance::Random => "RANDOM",
+        Balance::LeastRequest => "LEAST_REQUEST",
+        Balance::Provided => "CLUSTER_PROVIDED",
+    };
+    json!({"name": cluster.name, "added_via_api": cluster.dynamic, "type": kind, "lb_policy": balance,
+        "host_statuses": hosts, "observability_name": cluster.name})
+}
+
+fn address_json(address: std::net::SocketAddr) -> Value {
+    json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}})
+}
+
+fn listeners(shared: &Shared, query: &Query<'_>) -> Answer {
+    let bound = shared.bound();
+    if query.get("format").as_deref() == Some("json") {
+        let statuses: Vec<Value> = bound
+            .into_iter()
+            .map(|(name, _, at)| json!({"name": name, "local_address": address_json(at)}))
+            .collect();
+        return Answer::json(&json!({"listener_statuses": statuses}));
+    }
+    let mut text = String::new();
+    for (name, _, at) in bound {
+        let _ = writeln!(text, "{name}::{at}");
+    }
+    Answer::text(200, text)
+}
+
+fn server_info(shared: &Shared, config: &Config) -> Value {
+    let uptime = format!("{}s", shared.started.elapsed().as_secs());
+    let options = &shared.options;
+    json!({
+        "version": concat!("dpu-proxy/", env!("CARGO_PKG_VERSION")),
+        "state": shared.state().to_string(),
+        "uptime_current_epoch": uptime,
+        "uptime_all_epochs": uptime,
+        "hot_restart_version": "disabled",
+        "command_line_options": {
+            "concurrency": options.concurrency,
+            "config_path": options.config_path.display().to_string(),
+            "drain_time": format!("{}s", options.drain_time.as_secs_f32()),
+            "mode": "Serve",
+            "disable_hot_restart": true,
+            "stack_netns": options.stack_netns.as_ref().map(|p| p.display().to_string()),
+        },
+        "node": {"id": config.node.id, "cluster": config.node.cluster, "user_agent_name": "dpu-proxy"},
+    })
+}
+
+fn config_dump(config: &Config, query: &Query<'_>) -> Answer {
+    let filter = match query.regex("name_regex") {
+        Ok(filter) => filter,
+        Err(answer) => return answer,
+    };
+    let dump = &config.dump;
+    let named = |value: &Value| {
+        let name = value
+            .get("name")
+            .or_else(|| value.get("cluster_name"))
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        filter.as_ref().is_none_or(|f| f.is_match(name))
+    };
+    let typed = |kind: &str, value: &Value| {
+        let mut value = value.clone();
+        if let Some(map) = value.as_object_mut() {
+            map.insert(
+                "@type".to_owned(),
+                Value::from(format!("type.googleapis.com/{kind}")),
+            );
+        }
+        value
+    };
+    let fixed = |field: &str, kind: &str, all: &[Value]| -> Vec<Value> {
+        all.iter()
+            .filter(|v| named(v))
+            .map(|v| json!({field: typed(kind, v)}))
+            .collect()
+    };
+    let moving = |field: &str, kind: &str, all: &[(String, Value)]| -> Vec<Value> {
+        let wanted = all.iter().filter(|(_, v)| named(v));
+        wanted
+            .map(|(version, v)| json!({"version_info": version, field: typed(kind, v)}))
+            .collect()
+    };
+    const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
+    const LISTENER: &str = "envoy.config.listener.v3.Listener";
+    const ROUTE: &str = "envoy.config.route.v3.RouteConfiguration";
+    const ENDPOINT: &str = "envoy.config.endpoint.v3.ClusterLoadAssignment";
+    let dynamic_listeners: Vec<Value> = dump
+        .dynamic_listeners
+        .iter()
+        .filter(|(_, v)| named(v))
+        .map(|(version, v)| {
+            json!({"name": v["name"], "active_state": {"version_info": version, "listener": typed(LISTENER, v)}})
+        })
+        .collect();
+    let kind = |name: &str| format!("type.googleapis.com/envoy.admin.v3.{name}");
+    let mut configs = vec![
+        json!({"@type": kind("BootstrapConfigDump"), "bootstrap": dump.bootstrap}),
+        json!({"@type": kind("ClustersConfigDump"),
+            "static_clusters": fixed("cluster", CLUSTER, &dump.static_clusters),
+            "dynamic_active_clusters": moving("cluster", CLUSTER, &dump.dynamic_clusters)}),
+        json!({"@type": kind("ListenersConfigDump"),
+            "static_listeners": fixed("listener", LISTENER, &dump.static_listeners),
+            "dynamic_listeners": dynamic_listeners}),
+        json!({"@type": kind("RoutesConfigDump"),
+            "static_route_configs": fixed("route_config", ROUTE, &dump.static_routes),
+            "dynamic_route_configs": moving("route_config", ROUTE, &dump.dynamic_routes)}),
+    ];
+    if query
+        .0
+        .split('&')
+        .any(|q| q.split('=').next() == Some("include_eds"))
+    {
+        configs.push(json!({"@type": kind("EndpointsConfigDump"),
+            "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, &dump.endpoints)}));
+    }
+    if let Some(resource) = query.get("resource") {
+        let found = configs
+            .iter()
+            .find_map(|c| c.get(&resource))
+            .and_then(Value::as_array)
+            .cloned();
+        return match found {
+            Some(found) => Answer::json(&json!({"configs": found})),
+            None => Answer::text(404, format!("{resource} not found in config dump\n")),
+        };
+    }
+    Answer::json(&json!({"configs": configs}))
+}

@@ -1,0 +1,555 @@
+//! The bootstrap and its xDS files as one unit: read, compiled together, replaced together.
+//!
+//! Each file's last good content is kept. [`Files::reload`] looks at what changed on disk (by looking: symlinks are
+//! followed, so that a swapped folder of a `watched_directory` shows as well as a replaced file), tries the new contents,
+//! and gives a new [`Config`] on only when all of it compiles; a content that was refused is remembered so that it is
+//! reported once, and the last good one goes on serving.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::time::SystemTime;
+
+use super::ConfigError;
+use super::at::At;
+use super::model::{Config, Dump, Node};
+use super::schema::{text_to_value, unpack_any, value_to_message};
+use super::support;
+use super::translate::{Context, WatchedFile, socket_address, source_file};
+use crate::access_log::Sinks;
+use crate::stats::{self, Registry, Shard, Subscription};
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+/// What a file is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Service {
+    Lds,
+    Cds,
+    Rds,
+    Eds,
+}
+
+impl Service {
+    fn resource(self) -> &'static str {
+        match self {
+            Self::Lds => "envoy.config.listener.v3.Listener",
+            Self::Cds => "envoy.config.cluster.v3.Cluster",
+            Self::Rds => "envoy.config.route.v3.RouteConfiguration",
+            Self::Eds => "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        }
+    }
+
+    fn noun(self) -> &'static str {
+        match self {
+            Self::Lds => "listener",
+            Self::Cds => "cluster",
+            Self::Rds => "route configuration",
+            Self::Eds => "endpoint assignment",
+        }
+    }
+
+    fn name_field(self) -> &'static str {
+        if self == Self::Eds { "cluster_name" } else { "name" }
+    }
+}
+
+/// The content of an xDS file.
+#[derive(Debug, Clone)]
+struct Resources {
+    version: String,
+    items: Vec<At>,
+}
+
+/// What tells one state of a file on disk from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    length: u64,
+    inode: u64,
+}
+
+#[derive(Debug)]
+struct Known {
+    stamp: Option<Stamp>,
+    /// A state seen once that is still to settle: a file written in place is read when two looks agree.
+    settling: Option<Stamp>,
+    good: Resources,
+}
+
+/// A bootstrap and its files.
+#[derive(Debug)]
+pub struct Files {
+    bootstrap: At,
+    known: BTreeMap<(Service, String), Known>,
+    generation: u64,
+}
+
+impl Files {
+    /// Reads the bootstrap file; the xDS files are read by [`Self::load`].
+    ///
+    /// # Errors
+    /// The file cannot be read, is not a bootstrap, or sets something this proxy does not implement.
+    pub fn open(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).map_err(|e| ConfigError::new("", e.to_string()).in_file(path))?;
+        Self::parse(path, &text).map_err(|e| e.in_file(path))
+    }
+
+    /// Like [`Self::open`], from text already read; `path` names it and tells JSON from YAML.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let value = text_to_value(path, text)?;
+        let message = value_to_message("envoy.config.bootstrap.v3.Bootstrap", &value, "")?;
+        support::check(&message, "")?;
+        Ok(Self {
+            bootstrap: At::new(message, ""),
+            known: BTreeMap::new(),
+            generation: 0,
+        })
+    }
+
+    /// Where the admin server is to listen.
+    ///
+    /// # Errors
+    /// The address is none.
+    pub fn admin(&self) -> Result<Option<std::net::SocketAddr>> {
+        let address = self.bootstrap.message("admin").and_then(|a| a.message("address"));
+        address.map(|a| socket_address(&a)).transpose()
+    }
+
+    /// Compiles everything for the first time.
+    ///
+    /// # Errors
+    /// The first thing refused, in whichever file.
+    pub fn load(&mut self, registry: &Registry, sinks: &Sinks) -> Result<Config> {
+        let mut fresh = HashMap::new();
+        let mut read = |service: Service, file: &WatchedFile| {
+            let key = (service, file.path.clone());
+            if let Some((_, resources)) = fresh.get(&key) {
+                return Ok(Resources::clone(resources));
+            }
+            let stamp = stamp(&file.path);
+            let resources = read_file(service, &file.path)?;
+            fresh.insert(key, (stamp, resources.clone()));
+            Ok(resources)
+        };
+        let config = compile(&self.bootstrap, self.generation + 1, registry, sinks, &mut read)?;
+        for (key, (stamp, resources)) in fresh {
+            count(registry, &config, key.0, &key.1, true);
+            self.known.insert(
+                key,
+                Known {
+                    stamp,
+                    settling: None,
+                    good: resources,
+                },
+            );
+        }
+        self.generation += 1;
+        Ok(config)
+    }
+
+    /// Looks at the files. A changed configuration is given to `accept`; where that (or reading, or compiling) refuses,
+    /// `refused` gets the reason, once per content, and the last good one stays. True when something was accepted.
+    pub fn reload(
+        &mut self,
+        registry: &Registry,
+        sinks: &Sinks,
+        current: &Config,
+        accept: &mut dyn FnMut(Config) -> Result<()>,
+        refused: &mut dyn FnMut(ConfigError),
+    ) -> bool {
+        let changed = self.changed();
+        // All changes together first; if that is refused, one by one, so that one bad file holds up no other.
+        let several = changed.len() > 1;
+        if changed.is_empty() {
+            return false;
+        }
+        if several && self.try_files(&changed, registry, sinks, accept).is_ok() {
+            changed
+                .iter()
+                .for_each(|(service, path)| count(registry, current, *service, path, true));
+            return true;
+        }
+        let mut any = false;
+        for (service, path) in changed {
+            let tried = self.try_files(&[(service, path.clone())], registry, sinks, accept);
+            count(registry, current, service, &path, tried.is_ok());
+            any |= tried.is_ok();
+            if let Err(error) = tried {
+                if let Some(known) = self.known.get_mut(&(service, path.clone())) {
+                    known.stamp = stamp(&path);
+                }
+                refused(error);
+            }
+        }
+        any
+    }
+
+    fn changed(&mut self) -> Vec<(Service, String)> {
+        let mut changed = Vec::new();
+        for (key, known) in &mut self.known {
+            let now = stamp(&key.1);
+            if now.is_none() || now == known.stamp {
+                continue;
+            }
+            let replaced = now.as_ref().map(|s| s.inode) != known.stamp.as_ref().map(|s| s.inode);
+            if replaced || known.settling == now {
+                changed.push(key.clone());
+            } else {
+                known.settling = now;
+            }
+        }
+        changed
+    }
+
+    fn try_files(
+        &mut self,
+        changed: &[(Service, String)],
+        registry: &Registry,
+        sinks: &Sinks,
+        accept: &mut dyn FnMut(Config) -> Result<()>,
+    ) -> Result<()> {
+        let mut fresh: HashMap<(Service, String), (Option<Stamp>, Resources)> = HashMap::new();
+        for (service, path) in changed {
+            let stamp = stamp(path);
+            fresh.insert((*service, path.clone()), (stamp, read_file(*service, path)?));
+        }
+        let known = &self.known;
+        let mut read = |service: Service, file: &WatchedFile| {
+            let key = (service, file.path.clone());
+            if let Some((_, resources)) = fresh.get(&key) {
+                return Ok(resources.clone());
+            }
+            if let Some(known) = known.get(&key) {
+                return Ok(known.good.clone());
+            }
+            let stamp = stamp(&file.path);
+            let resources = read_file(service, &file.path)?;
+            fresh.insert(key, (stamp, resources.clone()));
+            Ok(resources)
+        };
+        let mut used = HashSet::new();
+        let mut note = |service: Service, file: &WatchedFile| {
+            used.insert((service, file.path.clone()));
+            read(service, file)
+        };
+        let config = compile(&self.bootstrap, self.generation + 1, registry, sinks, &mut note)?;
+        accept(config)?;
+        for (key, (stamp, good)) in fresh {
+            self.known.insert(
+                key,
+                Known {
+                    stamp,
+                    settling: None,
+                    good,
+                },
+            );
+        }
+        self.known.retain(|key, _| used.contains(key));
+        self.generation += 1;
+        Ok(())
+    }
+}
+
+fn stamp(path: &str) -> Option<Stamp> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some(Stamp {
+        modified: metadata.modified().ok(),
+        length: metadata.len(),
+        inode: metadata.ino(),
+    })
+}
+
+/// Counts an update under the names Envoy uses for the subscription.
+fn count(registry: &Registry, config: &Config, service: Service, path: &str, good: bool) {
+    let subscription = |name: &str| {
+        let scope = registry.scope(name, Subscription::TABLE);
+        scope.inc(Shard::CONTROL, Subscription::Attempt);
+        scope.inc(
+            Shard::CONTROL,
+            if good {
+                Subscription::Success
+            } else {
+                Subscription::Rejected
+            },
+        );
+    };
+    match service {
+        Service::Lds => subscription("listener_manager.lds"),
+        Service::Cds => subscription("cluster_manager.cds"),
+        Service::Rds => {
+            for (_, name) in config.dump.rds_files.iter().filter(|(file, _)| file == path) {
+                subscription(name);
+            }
+        }
+        Service::Eds => {
+            for cluster in config
+                .dump
+                .eds_files
+                .iter()
+                .filter(|(file, _)| file == path)
+                .map(|(_, c)| *c)
+            {
+                let scope = &config.clusters[cluster].stats;
+                scope.inc(Shard::CONTROL, stats::Cluster::UpdateAttempt);
+                let member = if good {
+                    stats::Cluster::UpdateSuccess
+                } else {
+                    stats::Cluster::UpdateRejected
+                };
+                scope.inc(Shard::CONTROL, member);
+            }
+        }
+    }
+}
+
+fn read_file(service: Service, path: &str) -> Result<Resources> {
+    let text =
+        std::fs::read_to_string(path).map_err(|e| ConfigError::new("", e.to_string()).in_file(path))?;
+    resources(service, path, &text).map_err(|e| e.in_file(path))
+}
+
+/// Reads a `DiscoveryResponse`; a resource at fault is named.
+fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
+    let value = text_to_value(Path::new(path), text)?;
+    let message = value_to_message("envoy.service.discovery.v3.DiscoveryResponse", &value, "")
+        .map_err(|e| name_resource(e, service, &value))?;
+    let response = At::new(message, "");
+    let mut items = Vec::new();
+    let mut names = HashSet::new();
+    for (index, any) in response.messages("resources").into_iter().enumerate() {
+        let path = format!("resources[{index}]");
+        let mut item = At::new(unpack_any(&any.message, &path)?, path.clone());
+        if item.type_name() == "envoy.service.discovery.v3.Resource" {
+            let Some(inner) = item.any("resource")? else {
+                return Err(item.refuse("resource", "must be given"));
+            };
+            item = inner;
+        }
+        if item.type_name() != service.resource() {
+            let found = item.type_name();
+            return Err(ConfigError::new(
+                path,
+                format!("expected {}, found {found}", service.resource()),
+            ));
+        }
+        let name = item.text(service.name_field());
+        let resource = format!("{} {name:?}", service.noun());
+        support::check(&item.message, &item.path).map_err(|e| e.in_resource(&resource))?;
+        if !names.insert(name) {
+            return Err(item
+                .refuse(service.name_field(), "appears twice")
+                .in_resource(resource));
+        }
+        items.push(item);
+    }
+    for (field, _) in response.message.fields() {
+        if !["version_info", "resources", "type_url", "nonce"].contains(&field.name()) {
+            return Err(response.refuse(field.name(), "is not supported yet"));
+        }
+    }
+    Ok(Resources {
+        version: response.text("version_info"),
+        items,
+    })
+}
+
+/// Finds the name of the resource that an error's path points into.
+fn name_resource(error: ConfigError, service: Service, value: &serde_json::Value) -> ConfigError {
+    let index = error
+        .path
+        .strip_prefix("resources[")
+        .and_then(|rest| rest.split(']').next()?.parse::<usize>().ok());
+    let resource = index.and_then(|index| value.get("resources")?.get(index));
+    let camel = if service == Service::Eds {
+        "clusterName"
+    } else {
+        "name"
+    };
+    let name = resource.and_then(|r| r.get(service.name_field()).or_else(|| r.get(camel))?.as_str());
+    match name {
+        Some(name) => error.in_resource(format!("{} {name:?}", service.noun())),
+        None => error,
+    }
+}
+
+/// A resource, and for dynamic ones the version and the file.
+type Gathered = (At, Option<String>, Option<String>);
+
+type Read<'a> = &'a mut dyn FnMut(Service, &WatchedFile) -> Result<Resources>;
+
+fn compile(
+    bootstrap: &At,
+    generation: u64,
+    registry: &Registry,
+    sinks: &Sinks,
+    read: Read<'_>,
+) -> Result<Config> {
+    let fixed = bootstrap.message("static_resources");
+    let dynamic = bootstrap.message("dynamic_resources");
+    let mut dump = Dump {
+        bootstrap: json(bootstrap),
+        ..Dump::default()
+    };
+    let mut gather = |service: Service, field: &str, source: &str| -> Result<Vec<Gathered>> {
+        let listed = fixed.iter().flat_map(|f| f.messages(field));
+        let mut all: Vec<_> = listed.map(|at| (at, None, None)).collect();
+        if let Some(source) = dynamic.as_ref().and_then(|d| d.message(source)) {
+            let file = source_file(&source)?;
+            let resources = read(service, &file)?;
+            let version = resources.version;
+            all.extend(
+                resources
+                    .items
+                    .into_iter()
+                    .map(|at| (at, Some(version.clone()), Some(file.path.clone()))),
+            );
+        }
+        Ok(all)
+    };
+    let clusters = gather(Service::Cds, "clusters", "cds_config")?;
+    let listeners = gather(Service::Lds, "listeners", "lds_config")?;
+    let mut context = Context {
+        registry,
+        sinks,
+        clusters: HashMap::new(),
+        rds: HashMap::new(),
+        eds: HashMap::new(),
+    };
+    for (index, (cluster, _, file)) in clusters.iter().enumerate() {
+        let name = cluster.text("name");
+        if context.clusters.insert(name.clone(), index).is_some() {
+            return Err(from(
+                cluster.refuse("name", "appears twice"),
+                "cluster",
+                &name,
+                file.as_ref(),
+            ));
+        }
+        read_endpoints(&mut context, &mut dump, index, cluster, read)
+            .map_err(|e| from(e, "cluster", &name, file.as_ref()))?;
+    }
+    let mut compiled = Vec::new();
+    for (at, version, file) in &clusters {
+        let name = at.text("name");
+        let cluster = context.cluster(at, version.is_some());
+        compiled.push(cluster.map_err(|e| from(e, "cluster", &name, file.as_ref()))?);
+        match version {
+            Some(version) => dump.dynamic_clusters.push((version.clone(), json(at))),
+            None => dump.static_clusters.push(json(at)),
+        }
+    }
+    let mut names = HashSet::new();
+    let mut compiled_listeners = Vec::new();
+    for (at, version, file) in &listeners {
+        let name = at.text("name");
+        let wrap = |e| from(e, "listener", &name, file.as_ref());
+        read_routes(&mut context, &mut dump, at, read).map_err(wrap)?;
+        let listener = context.listener(at, version.is_some()).map_err(wrap)?;
+        if !names.insert(listener.name.clone()) {
+            return Err(wrap(at.refuse("name", "appears twice")));
+        }
+        compiled_listeners.push(listener);
+        match version {
+            Some(version) => dump.dynamic_listeners.push((version.clone(), json(at))),
+            None => dump.static_listeners.push(json(at)),
+        }
+    }
+    let node = bootstrap.message("node");
+    let node = node
+        .map(|n| Node {
+            id: n.text("id"),
+            cluster: n.text("cluster"),
+        })
+        .unwrap_or_default();
+    let admin = bootstrap.message("admin").and_then(|a| a.message("address"));
+    let admin = admin.map(|a| socket_address(&a)).transpose()?;
+    Ok(Config {
+        generation,
+        node,
+        admin,
+        listeners: compiled_listeners,
+        clusters: compiled,
+        dump,
+    })
+}
+
+/// Says which file and resource an error of a dynamic resource comes from; static ones speak by their path.
+fn from(error: ConfigError, noun: &str, name: &str, file: Option<&String>) -> ConfigError {
+    match file {
+        Some(file) => error.in_resource(format!("{noun} {name:?}")).in_file(file),
+        None => error,
+    }
+}
+
+fn read_endpoints(
+    context: &mut Context<'_>,
+    dump: &mut Dump,
+    index: usize,
+    cluster: &At,
+    read: Read<'_>,
+) -> Result<()> {
+    let Some(eds) = cluster.message("eds_cluster_config") else {
+        return Ok(());
+    };
+    let Some(source) = eds.message("eds_config") else {
+        return Ok(());
+    };
+    let file = source_file(&source)?;
+    dump.eds_files.push((file.path.clone(), index));
+    let resources = read(Service::Eds, &file)?;
+    for item in resources.items {
+        let key = (file.path.clone(), item.text("cluster_name"));
+        if let Entry::Vacant(entry) = context.eds.entry(key) {
+            dump.endpoints.push((resources.version.clone(), json(&item)));
+            entry.insert(item);
+        }
+    }
+    Ok(())
+}
+
+fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: Read<'_>) -> Result<()> {
+    let chains = listener
+        .messages("filter_chains")
+        .into_iter()
+        .chain(listener.message("default_filter_chain"));
+    for filter in chains.flat_map(|c| c.messages("filters")) {
+        let Some(config) = filter.any("typed_config")? else {
+            continue;
+        };
+        if let Some(inline) = config.message("route_config") {
+            dump.static_routes.push(json(&inline));
+        }
+        let Some(rds) = config.message("rds") else {
+            continue;
+        };
+        let Some(source) = rds.message("config_source") else {
+            continue;
+        };
+        let file = source_file(&source)?;
+        let name = rds.text("route_config_name");
+        let scope = format!("http.{}.rds.{name}", config.text("stat_prefix"));
+        dump.rds_files.push((file.path.clone(), scope));
+        let resources = read(Service::Rds, &file)?;
+        for item in resources.items {
+            let key = (file.path.clone(), item.text("name"));
+            if let Entry::Vacant(entry) = context.rds.entry(key) {
+                dump.dynamic_routes.push((resources.version.clone(), json(&item)));
+                entry.insert(item);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn json(at: &At) -> serde_json::Value {
+    let options = prost_reflect::SerializeOptions::new().use_proto_field_name(true);
+    at.message
+        .serialize_with_options(serde_json::value::Serializer, &options)
+        .unwrap_or_default()
+}

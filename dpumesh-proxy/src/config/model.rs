@@ -1,0 +1,490 @@
+//! The compiled configuration: immutable, complete, everything looked up beforehand.
+//!
+//! A worker holds one [`Config`] behind one pointer. Routes name clusters by index into [`Config::clusters`]; a route to
+//! a cluster that does not exist keeps its name and answers for it.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::access_log::AccessLog;
+use crate::route::RouteTable;
+use crate::stats::Scope;
+
+/// One complete configuration.
+#[derive(Debug)]
+pub struct Config {
+    /// Counts up with each configuration that took effect.
+    pub generation: u64,
+    /// Who this proxy is.
+    pub node: Node,
+    /// Where the admin server listens.
+    pub admin: Option<SocketAddr>,
+    /// Listeners in file order.
+    pub listeners: Vec<Arc<Listener>>,
+    /// Clusters; [`ClusterRef::index`] points here.
+    pub clusters: Vec<Arc<Cluster>>,
+    /// The resources as they were read, for `/config_dump`.
+    pub dump: Dump,
+}
+
+impl Config {
+    /// A cluster's index by name.
+    pub fn cluster_index(&self, name: &str) -> Option<usize> {
+        self.clusters.iter().position(|c| c.name == name)
+    }
+}
+
+/// Node id and cluster, as shown in `/server_info`.
+#[derive(Debug, Clone, Default)]
+pub struct Node {
+    /// `node.id`.
+    pub id: String,
+    /// `node.cluster`.
+    pub cluster: String,
+}
+
+/// The resources as JSON.
+#[derive(Debug, Default)]
+pub struct Dump {
+    /// The bootstrap.
+    pub bootstrap: serde_json::Value,
+    /// Static listeners.
+    pub static_listeners: Vec<serde_json::Value>,
+    /// Listeners from LDS, with the version of their file.
+    pub dynamic_listeners: Vec<(String, serde_json::Value)>,
+    /// Static clusters.
+    pub static_clusters: Vec<serde_json::Value>,
+    /// Clusters from CDS.
+    pub dynamic_clusters: Vec<(String, serde_json::Value)>,
+    /// Inline route configurations.
+    pub static_routes: Vec<serde_json::Value>,
+    /// Route configurations from RDS.
+    pub dynamic_routes: Vec<(String, serde_json::Value)>,
+    /// Endpoint assignments from EDS.
+    pub endpoints: Vec<(String, serde_json::Value)>,
+    /// EDS file → index of a cluster that reads it.
+    pub eds_files: Vec<(String, usize)>,
+    /// RDS file → the statistics scope of a subscription to it.
+    pub rds_files: Vec<(String, String)>,
+}
+
+/// A reference to a cluster by name, resolved where possible.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterRef {
+    /// The name in the configuration.
+    pub name: Arc<str>,
+    /// Its place in [`Config::clusters`], `None` when there is no such cluster.
+    pub index: Option<usize>,
+}
+
+/// Clusters by weight.
+#[derive(Debug, Clone)]
+pub struct Weighted<T> {
+    items: Vec<(u64, T)>,
+    total: u64,
+}
+
+impl<T> Weighted<T> {
+    /// Builds the split; entries of weight 0 are never picked. `None` if all weights are 0.
+    pub fn new(items: impl IntoIterator<Item = (u32, T)>) -> Option<Self> {
+        let mut total = 0;
+        let items: Vec<_> = items
+            .into_iter()
+            .filter(|(weight, _)| *weight > 0)
+            .map(|(weight, item)| {
+                total += u64::from(weight);
+                (total, item)
+            })
+            .collect();
+        (total > 0).then_some(Self { items, total })
+    }
+
+    /// The entry that `random` (any 64-bit number) falls on.
+    pub fn pick(&self, random: u64) -> &T {
+        let point = random % self.total;
+        let index = self.items.partition_point(|(upper, _)| *upper <= point);
+        &self.items[index].1
+    }
+
+    /// All entries that can be picked.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.items.iter().map(|(_, item)| item)
+    }
+}
+
+/// One listener: where it listens and what it does with a connection.
+#[derive(Debug)]
+pub struct Listener {
+    /// The listener's name (made from the address where the configuration gives none).
+    pub name: String,
+    /// The addresses, the first being the main one.
+    pub addresses: Vec<SocketAddr>,
+    /// Socket options.
+    pub socket: SocketOptions,
+    /// `envoy.filters.listener.original_dst`: take the address the client meant as the local address.
+    pub original_dst: bool,
+    /// `envoy.filters.listener.original_src`: upstream connections leave with the client's address.
+    pub original_src: Option<OriginalSrc>,
+    /// Chains with a match.
+    pub chains: Vec<FilterChain>,
+    /// The chain for connections that match none.
+    pub default_chain: Option<FilterChain>,
+    /// Logs of the connections that match no chain.
+    pub access_log: Vec<Arc<AccessLog>>,
+    /// Of everything in the listener's own message: equal hash, same listener.
+    pub fingerprint: u64,
+    /// `listener.ADDRESS.*`
+    pub stats: Arc<Scope>,
+    /// Whether it came by LDS.
+    pub dynamic: bool,
+}
+
+/// How the listening sockets are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// `IP_TRANSPARENT`.
+    pub transparent: bool,
+    /// `IP_FREEBIND`.
+    pub freebind: bool,
+    /// One socket per worker by `SO_REUSEPORT`; otherwise the first worker accepts alone.
+    pub reuse_port: bool,
+    /// Length of the accept queue, connections.
+    pub backlog: u32,
+}
+
+/// Upstream connections bound to the client's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OriginalSrc {
+    /// `SO_MARK` of these connections; 0 sets none.
+    pub mark: u32,
+}
+
+/// A filter chain, ended by one terminal filter.
+#[derive(Debug)]
+pub struct FilterChain {
+    /// Its name.
+    pub name: String,
+    /// Which connections it takes.
+    pub matcher: ChainMatch,
+    /// What it does with them.
+    pub terminal: Terminal,
+}
+
+/// `FilterChainMatch`, as far as it is implemented.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ChainMatch {
+    /// Destination port; `None` is any.
+    pub destination_port: Option<u16>,
+    /// Destination prefixes; empty is any.
+    pub destination: Vec<IpNet>,
+    /// Source prefixes; empty is any.
+    pub source: Vec<IpNet>,
+    /// Source ports; empty is any.
+    pub source_ports: Vec<u16>,
+}
+
+/// The terminal filter of a chain.
+#[derive(Debug, Clone)]
+pub enum Terminal {
+    /// `envoy.filters.network.tcp_proxy`.
+    Tcp(Arc<TcpProxy>),
+    /// `envoy.filters.network.http_connection_manager`.
+    Http(Arc<HttpManager>),
+}
+
+/// A TCP proxy.
+#[derive(Debug)]
+pub struct TcpProxy {
+    /// Where connections go.
+    pub clusters: Weighted<ClusterRef>,
+    /// Closed after this long without a byte either way; `None` never.
+    pub idle_timeout: Option<Duration>,
+    /// Endpoints tried before giving up.
+    pub max_connect_attempts: u32,
+    /// Logs.
+    pub access_log: Vec<Arc<AccessLog>>,
+    /// `tcp.PREFIX.*`
+    pub stats: Arc<Scope>,
+}
+
+/// An HTTP connection manager.
+#[derive(Debug)]
+pub struct HttpManager {
+    /// Where requests go.
+    pub routes: Arc<RouteTable>,
+    /// The `server` header.
+    pub server_name: String,
+    /// What happens to the `server` header.
+    pub server_header: ServerHeader,
+    /// A connection without a request is closed after this long.
+    pub idle_timeout: Option<Duration>,
+    /// Time for a request's head to arrive whole.
+    pub headers_timeout: Option<Duration>,
+    /// A request without any byte either way is ended after this long.
+    pub stream_idle_timeout: Option<Duration>,
+    /// The largest request head, octets.
+    pub max_head: usize,
+    /// The most header lines.
+    pub max_headers: usize,
+    /// Requests after which the connection is closed; 0 is no limit.
+    pub max_requests: u64,
+    /// Header names with underscores.
+    pub underscores: Underscores,
+    /// Makes a request id where there is none.
+    pub generate_request_id: bool,
+    /// Sends the request id back in the response.
+    pub request_id_in_response: bool,
+    /// HTTP/1.0 requests are served.
+    pub accept_http_10: bool,
+    /// The host of HTTP/1.0 requests that name none.
+    pub default_host_http_10: Option<String>,
+    /// No `x-envoy-*` headers are added to requests or responses.
+    pub suppress_envoy_headers: bool,
+    /// Logs.
+    pub access_log: Vec<Arc<AccessLog>>,
+    /// `http.PREFIX.*`
+    pub stats: Arc<Scope>,
+}
+
+/// `server_header_transformation`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerHeader {
+    /// Ours replaces the endpoint's.
+    Overwrite,
+    /// Ours where the endpoint sent none.
+    AppendIfAbsent,
+    /// The endpoint's, or none.
+    PassThrough,
+}
+
+/// `headers_with_underscores_action`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Underscores {
+    /// Kept.
+    Allow,
+    /// The request is refused.
+    Reject,
+    /// The header is left out.
+    Drop,
+}
+
+/// A cluster: a named set of endpoints and how to reach them.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Its name.
+    pub name: String,
+    /// Where its endpoints come from.
+    pub kind: ClusterKind,
+    /// How an endpoint is picked.
+    pub balance: Balance,
+    /// Bound on making a connection.
+    pub connect_timeout: Duration,
+    /// An unused pooled connection is closed after this long.
+    pub idle_timeout: Option<Duration>,
+    /// Requests after which a pooled connection is closed; 0 is no limit.
+    pub max_requests_per_connection: u64,
+    /// Bounds of what is open at once.
+    pub limits: Limits,
+    /// All endpoints, in order, those that are not healthy too.
+    pub endpoints: Vec<Endpoint>,
+    /// The order in which round robin takes the healthy ones (indices into `endpoints`, repeated by weight).
+    pub schedule: Vec<u32>,
+    /// `cluster.NAME.*`
+    pub stats: Arc<Scope>,
+    /// Whether it came by CDS.
+    pub dynamic: bool,
+}
+
+/// Where a cluster's endpoints come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClusterKind {
+    /// The configuration itself.
+    Static,
+    /// An EDS file.
+    Eds,
+    /// The address the client meant.
+    OriginalDst,
+}
+
+/// How an endpoint is picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Balance {
+    /// In turn, by weight.
+    RoundRobin,
+    /// At random, by weight.
+    Random,
+    /// The less loaded of two picked at random.
+    LeastRequest,
+    /// The cluster's own way (original destination).
+    Provided,
+}
+
+/// Circuit breakers of a cluster. They bound the sum over all workers, as closely as their unsynchronised gauges tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections open at once.
+    pub max_connections: u32,
+    /// Requests waiting for a connection.
+    pub max_pending: u32,
+    /// Requests in flight.
+    pub max_requests: u32,
+}
+
+/// One endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its address.
+    pub address: SocketAddr,
+    /// Its share, at least 1.
+    pub weight: u32,
+    /// Whether it takes requests.
+    pub healthy: bool,
+}
+
+impl Listener {
+    /// The chain that takes a connection, by Envoy's order: destination port, destination prefix, source prefix, source
+    /// port; the most specific match at each step decides for good (there is no way back from a step).
+    pub fn chain(&self, source: SocketAddr, destination: SocketAddr) -> Option<&FilterChain> {
+        let mut left: Vec<&FilterChain> = self.chains.iter().collect();
+        let port = destination.port();
+        narrow(&mut left, |m| {
+            rank(m.destination_port.is_none(), m.destination_port == Some(port), 1)
+        });
+        narrow(&mut left, |m| longest(&m.destination, destination.ip()));
+        narrow(&mut left, |m| longest(&m.source, source.ip()));
+        narrow(&mut left, |m| {
+            rank(
+                m.source_ports.is_empty(),
+                m.source_ports.contains(&source.port()),
+                1,
+            )
+        });
+        left.first().copied().or(self.default_chain.as_ref())
+    }
+}
+
+/// Keeps the chains of the highest rank; `None` does not match.
+fn narrow(left: &mut Vec<&FilterChain>, rank: impl Fn(&ChainMatch) -> Option<u16>) {
+    let best = left.iter().filter_map(|c| rank(&c.matcher)).max();
+    left.retain(|c| best.is_some() && rank(&c.matcher) == best);
+}
+
+fn rank(any: bool, hit: bool, specific: u16) -> Option<u16> {
+    if any { Some(0) } else { hit.then_some(specific) }
+}
+
+/// 0 for "any", 1 + prefix length for the longest prefix that holds `ip`.
+fn longest(prefixes: &[IpNet], ip: IpAddr) -> Option<u16> {
+    if prefixes.is_empty() {
+        return Some(0);
+    }
+    prefixes
+        .iter()
+        .filter(|p| p.contains(&ip))
+        .map(|p| 1 + u16::from(p.prefix_len()))
+        .max()
+}
+
+/// The order of a smooth weighted round robin over the healthy endpoints; weights are scaled down to at most
+/// [`LONGEST_SCHEDULE`] steps in all.
+pub fn schedule(endpoints: &[Endpoint]) -> Vec<u32> {
+    let healthy: Vec<(u32, u64)> = (0u32..)
+        .zip(endpoints)
+        .filter(|(_, e)| e.healthy)
+        .map(|(index, e)| (index, u64::from(e.weight.max(1))))
+        .collect();
+    if healthy.is_empty() {
+        return Vec::new();
+    }
+    let divisor = healthy.iter().fold(0, |d, (_, w)| gcd(d, *w));
+    let sum: u64 = healthy.iter().map(|(_, w)| w / divisor).sum();
+    let bound = (LONGEST_SCHEDULE as u64).max(healthy.len() as u64);
+    let scale = |w: u64| {
+        if sum <= bound {
+            w / divisor
+        } else {
+            (w / divisor * bound / sum).max(1)
+        }
+    };
+    let weights: Vec<(u32, u64)> = healthy.iter().map(|(i, w)| (*i, scale(*w))).collect();
+    let steps: u64 = weights.iter().map(|(_, w)| w).sum();
+    if weights.iter().all(|(_, w)| *w == 1) {
+        return weights.iter().map(|(index, _)| *index).collect();
+    }
+    smooth(&weights, steps)
+}
+
+/// Bound on the steps of one round, so that odd weights cost little memory.
+pub const LONGEST_SCHEDULE: usize = 1000;
+
+/// Earliest deadline first: entry `i` of weight `w` takes its k-th turn at time `(k + ½) / w`.
+fn smooth(weights: &[(u32, u64)], steps: u64) -> Vec<u32> {
+    let mut turns: Vec<(f64, u32)> = Vec::with_capacity(usize::try_from(steps).unwrap_or_default());
+    for (index, weight) in weights {
+        for turn in 0..*weight {
+            turns.push(((turn as f64 + 0.5) / *weight as f64, *index));
+        }
+    }
+    turns.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    turns.into_iter().map(|(_, index)| index).collect()
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Resolves a cluster name.
+pub(super) fn cluster_ref(name: &str, clusters: &HashMap<String, usize>) -> ClusterRef {
+    ClusterRef {
+        name: Arc::from(name),
+        index: clusters.get(name).copied(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoints(weights: &[u32]) -> Vec<Endpoint> {
+        let address = "127.0.0.1:1".parse().unwrap();
+        weights
+            .iter()
+            .map(|w| Endpoint {
+                address,
+                weight: *w,
+                healthy: *w > 0,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_schedule_follows_the_weights_and_mixes_them() {
+        assert_eq!(schedule(&endpoints(&[1, 1, 1])), [0, 1, 2]);
+        assert_eq!(schedule(&endpoints(&[5, 5])), [0, 1]);
+        assert_eq!(schedule(&endpoints(&[2, 1])).len(), 3);
+        assert_eq!(schedule(&endpoints(&[1, 0, 1])), [0, 2]);
+        let nine = schedule(&endpoints(&[90, 10]));
+        assert_eq!(nine.iter().filter(|i| **i == 1).count(), 1);
+        assert_eq!(nine.len(), 10);
+        assert!(schedule(&endpoints(&[])).is_empty());
+    }
+
+    #[test]
+    fn odd_weights_stay_within_bounds() {
+        let long = schedule(&endpoints(&[999_983, 1, 500_009]));
+        assert!(long.len() <= LONGEST_SCHEDULE + 3);
+        assert!(long.contains(&1));
+    }
+
+    #[test]
+    fn a_weighted_pick_counts_exactly() {
+        let split = Weighted::new([(90, 'a'), (0, 'x'), (10, 'b')]).unwrap();
+        let b = (0..1000u64).filter(|r| *split.pick(*r) == 'b').count();
+        assert_eq!(b, 100);
+        assert!(Weighted::new([(0, 'a')]).is_none());
+    }
+}

@@ -1,0 +1,600 @@
+//! What this proxy implements of Envoy's configuration, as one table, and the walk that holds a message against it.
+//!
+//! A field that is set and in neither list is refused with its full path: nothing is ignored silently. [`IMPLEMENTED`]
+//! lists, by full message name, the fields that have their effect here; a field that is implemented for some of its
+//! values is in the list too and its other values are refused where it is translated. [`NO_EFFECT`] is the short list of
+//! fields that are accepted although they change nothing here, each with the reason.
+
+use prost_reflect::{DynamicMessage, ReflectMessage, Value};
+
+use super::ConfigError;
+use super::schema::{push_field, unpack_any};
+
+/// Fields that have their effect, by full message name. A message that is not here is refused as a whole.
+pub const IMPLEMENTED: &[(&str, &[&str])] = &[
+    (
+        "envoy.config.bootstrap.v3.Bootstrap",
+        &["node", "static_resources", "dynamic_resources", "admin"],
+    ),
+    (
+        "envoy.config.bootstrap.v3.Bootstrap.StaticResources",
+        &["listeners", "clusters"],
+    ),
+    (
+        "envoy.config.bootstrap.v3.Bootstrap.DynamicResources",
+        &["lds_config", "cds_config"],
+    ),
+    ("envoy.config.bootstrap.v3.Admin", &["address"]),
+    ("envoy.config.core.v3.Node", &["id", "cluster"]),
+    (
+        "envoy.config.core.v3.ConfigSource",
+        &["path", "path_config_source", "resource_api_version"],
+    ),
+    (
+        "envoy.config.core.v3.PathConfigSource",
+        &["path", "watched_directory"],
+    ),
+    ("envoy.config.core.v3.WatchedDirectory", &["path"]),
+    (
+        "envoy.service.discovery.v3.DiscoveryResponse",
+        &["version_info", "resources", "type_url"],
+    ),
+    (
+        "envoy.service.discovery.v3.Resource",
+        &["name", "version", "resource"],
+    ),
+    ("envoy.config.core.v3.Address", &["socket_address"]),
+    (
+        "envoy.config.core.v3.SocketAddress",
+        &["protocol", "address", "port_value"],
+    ),
+    (
+        "envoy.config.listener.v3.Listener",
+        &[
+            "name",
+            "address",
+            "additional_addresses",
+            "stat_prefix",
+            "filter_chains",
+            "default_filter_chain",
+            "listener_filters",
+            "transparent",
+            "freebind",
+            "reuse_port",
+            "enable_reuse_port",
+            "tcp_backlog_size",
+            "access_log",
+        ],
+    ),
+    ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
+    (
+        "envoy.config.listener.v3.ListenerFilter",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.config.listener.v3.FilterChain",
+        &["name", "filter_chain_match", "filters"],
+    ),
+    (
+        "envoy.config.listener.v3.FilterChainMatch",
+        &[
+            "destination_port",
+            "prefix_ranges",
+            "source_prefix_ranges",
+            "source_ports",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.CidrRange",
+        &["address_prefix", "prefix_len"],
+    ),
+    ("envoy.config.listener.v3.Filter", &["name", "typed_config"]),
+    (
+        "envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
+        &[],
+    ),
+    (
+        "envoy.extensions.filters.listener.original_src.v3.OriginalSrc",
+        &["mark"],
+    ),
+    (
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        &[
+            "stat_prefix",
+            "cluster",
+            "weighted_clusters",
+            "idle_timeout",
+            "access_log",
+            "max_connect_attempts",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster",
+        &["clusters"],
+    ),
+    (
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight",
+        &["name", "weight"],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        &[
+            "codec_type",
+            "stat_prefix",
+            "route_config",
+            "rds",
+            "http_filters",
+            "access_log",
+            "server_name",
+            "server_header_transformation",
+            "common_http_protocol_options",
+            "http_protocol_options",
+            "request_headers_timeout",
+            "stream_idle_timeout",
+            "max_request_headers_kb",
+            "generate_request_id",
+            "preserve_external_request_id",
+            "always_set_request_id_in_response",
+            "use_remote_address",
+            "normalize_path",
+            "merge_slashes",
+            "strip_any_host_port",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.Rds",
+        &["config_source", "route_config_name"],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.extensions.filters.http.router.v3.Router",
+        &["suppress_envoy_headers"],
+    ),
+    (
+        "envoy.config.core.v3.HttpProtocolOptions",
+        &[
+            "idle_timeout",
+            "max_headers_count",
+            "max_requests_per_connection",
+            "headers_with_underscores_action",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.Http1ProtocolOptions",
+        &["accept_http_10", "default_host_for_http_10"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        &["common_http_protocol_options", "explicit_http_config"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",
+        &["http_protocol_options"],
+    ),
+    (
+        "envoy.config.route.v3.RouteConfiguration",
+        &[
+            "name",
+            "virtual_hosts",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+            "validate_clusters",
+            "ignore_port_in_host_matching",
+            "max_direct_response_body_size_bytes",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.VirtualHost",
+        &[
+            "name",
+            "domains",
+            "routes",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.Route",
+        &[
+            "name",
+            "match",
+            "route",
+            "redirect",
+            "direct_response",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RouteMatch",
+        &[
+            "prefix",
+            "path",
+            "safe_regex",
+            "path_separated_prefix",
+            "case_sensitive",
+            "headers",
+            "query_parameters",
+        ],
+    ),
+    ("envoy.type.matcher.v3.RegexMatcher", &["regex"]),
+    (
+        "envoy.config.route.v3.HeaderMatcher",
+        &[
+            "name",
+            "exact_match",
+            "safe_regex_match",
+            "range_match",
+            "present_match",
+            "prefix_match",
+            "suffix_match",
+            "contains_match",
+            "string_match",
+            "invert_match",
+            "treat_missing_header_as_empty",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.QueryParameterMatcher",
+        &["name", "string_match", "present_match"],
+    ),
+    ("envoy.type.v3.Int64Range", &["start", "end"]),
+    (
+        "envoy.type.matcher.v3.StringMatcher",
+        &[
+            "exact",
+            "prefix",
+            "suffix",
+            "contains",
+            "safe_regex",
+            "ignore_case",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction",
+        &[
+            "cluster",
+            "cluster_header",
+            "weighted_clusters",
+            "cluster_not_found_response_code",
+            "prefix_rewrite",
+            "host_rewrite_literal",
+            "timeout",
+            "idle_timeout",
+        ],
+    ),
+    ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
+    (
+        "envoy.config.route.v3.WeightedCluster.ClusterWeight",
+        &[
+            "name",
+            "weight",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RedirectAction",
+        &[
+            "https_redirect",
+            "scheme_redirect",
+            "host_redirect",
+            "port_redirect",
+            "path_redirect",
+            "prefix_rewrite",
+            "response_code",
+            "strip_query",
+        ],
+    ),
+    ("envoy.config.route.v3.DirectResponseAction", &["status", "body"]),
+    (
+        "envoy.config.core.v3.DataSource",
+        &["filename", "inline_bytes", "inline_string"],
+    ),
+    (
+        "envoy.config.core.v3.HeaderValueOption",
+        &["header", "append", "append_action", "keep_empty_value"],
+    ),
+    ("envoy.config.core.v3.HeaderValue", &["key", "value"]),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        &[
+            "name",
+            "alt_stat_name",
+            "type",
+            "eds_cluster_config",
+            "connect_timeout",
+            "lb_policy",
+            "load_assignment",
+            "circuit_breakers",
+            "common_http_protocol_options",
+            "http_protocol_options",
+            "max_requests_per_connection",
+            "typed_extension_protocol_options",
+        ],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.EdsClusterConfig",
+        &["eds_config", "service_name"],
+    ),
+    ("envoy.config.cluster.v3.CircuitBreakers", &["thresholds"]),
+    (
+        "envoy.config.cluster.v3.CircuitBreakers.Thresholds",
+        &[
+            "priority",
+            "max_connections",
+            "max_pending_requests",
+            "max_requests",
+        ],
+    ),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        &["cluster_name", "endpoints"],
+    ),
+    ("envoy.config.endpoint.v3.ClusterLoadAssignment.Policy", &[]),
+    (
+        "envoy.config.endpoint.v3.LocalityLbEndpoints",
+        &["lb_endpoints", "priority"],
+    ),
+    (
+        "envoy.config.endpoint.v3.LbEndpoint",
+        &["endpoint", "health_status", "load_balancing_weight"],
+    ),
+    ("envoy.config.endpoint.v3.Endpoint", &["address"]),
+    ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
+    (
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog",
+        &["path", "format", "log_format"],
+    ),
+    (
+        "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+        &["log_format"],
+    ),
+    (
+        "envoy.extensions.access_loggers.stream.v3.StderrAccessLog",
+        &["log_format"],
+    ),
+    (
+        "envoy.config.core.v3.SubstitutionFormatString",
+        &["text_format", "text_format_source"],
+    ),
+];
+
+/// Fields that are accepted and change nothing here: message, field, why that is safe.
+pub const NO_EFFECT: &[(&str, &str, &str)] = &[
+    (
+        "envoy.config.bootstrap.v3.Bootstrap",
+        "stats_flush_interval",
+        "there is no stats sink to flush to",
+    ),
+    (
+        "envoy.config.bootstrap.v3.Admin",
+        "profile_path",
+        "there is no profiler; deprecated",
+    ),
+    (
+        "envoy.config.core.v3.Node",
+        "metadata",
+        "read by management servers only",
+    ),
+    (
+        "envoy.config.core.v3.Node",
+        "locality",
+        "read by management servers and zone-aware balancing only",
+    ),
+    (
+        "envoy.config.core.v3.Node",
+        "user_agent_name",
+        "read by management servers only",
+    ),
+    (
+        "envoy.config.core.v3.Node",
+        "user_agent_version",
+        "read by management servers only",
+    ),
+    (
+        "envoy.config.core.v3.ConfigSource",
+        "initial_fetch_timeout",
+        "files are read at once",
+    ),
+    (
+        "envoy.config.listener.v3.Listener",
+        "traffic_direction",
+        "a label",
+    ),
+    (
+        "envoy.config.listener.v3.Listener",
+        "per_connection_buffer_limit_bytes",
+        "buffers here are fixed and smaller",
+    ),
+    (
+        "envoy.config.listener.v3.Listener",
+        "metadata",
+        "no filter reads it",
+    ),
+    (
+        "envoy.config.listener.v3.FilterChain",
+        "metadata",
+        "no filter reads it",
+    ),
+    (
+        "envoy.config.route.v3.VirtualHost",
+        "metadata",
+        "no filter reads it",
+    ),
+    ("envoy.config.route.v3.Route", "metadata", "no filter reads it"),
+    (
+        "envoy.config.route.v3.Route",
+        "decorator",
+        "names a trace span; tracing itself is refused",
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        "metadata",
+        "no filter reads it",
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        "per_connection_buffer_limit_bytes",
+        "buffers here are fixed and smaller",
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        "dns_lookup_family",
+        "clusters that ask DNS are refused",
+    ),
+    (
+        "envoy.config.endpoint.v3.LbEndpoint",
+        "metadata",
+        "no filter and no subset reads it",
+    ),
+    (
+        "envoy.config.endpoint.v3.Endpoint",
+        "hostname",
+        "used by DNS clusters and health checks only",
+    ),
+    (
+        "envoy.config.endpoint.v3.LocalityLbEndpoints",
+        "locality",
+        "a label while zone-aware balancing is refused",
+    ),
+    (
+        "envoy.config.endpoint.v3.LocalityLbEndpoints",
+        "load_balancing_weight",
+        "as in Envoy, without locality-weighted balancing (refused) it is not consulted",
+    ),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
+        "overprovisioning_factor",
+        "spreads load over priorities; only priority 0 is accepted",
+    ),
+    (
+        "envoy.service.discovery.v3.DiscoveryResponse",
+        "nonce",
+        "no acknowledgement goes out for a file",
+    ),
+];
+
+/// Refuses every set field of `message` (and of all it contains) that is in neither list.
+///
+/// # Errors
+/// The first such field, by its full path.
+pub fn check(message: &DynamicMessage, path: &str) -> Result<(), ConfigError> {
+    let mut at = path.to_owned();
+    walk(message, &mut at)
+}
+
+fn walk(message: &DynamicMessage, path: &mut String) -> Result<(), ConfigError> {
+    let descriptor = message.descriptor();
+    let full_name = descriptor.full_name();
+    if full_name == "google.protobuf.Any" {
+        return walk(&unpack_any(message, path)?, path);
+    }
+    if full_name.starts_with("google.protobuf.") {
+        return Ok(());
+    }
+    if let Some(unknown) = message.unknown_fields().next() {
+        let number = unknown.number();
+        return Err(ConfigError::new(
+            path.as_str(),
+            format!("unknown field number {number} of {full_name}"),
+        ));
+    }
+    let fields = IMPLEMENTED
+        .iter()
+        .find(|(name, _)| *name == full_name)
+        .map(|(_, fields)| *fields);
+    let Some(fields) = fields else {
+        return Err(ConfigError::new(
+            path.as_str(),
+            format!("{} is not supported yet", title(full_name)),
+        ));
+    };
+    for (field, value) in message.fields() {
+        let mark = path.len();
+        push_field(path, field.name());
+        if fields.contains(&field.name()) {
+            walk_value(value, path)?;
+        } else if !NO_EFFECT
+            .iter()
+            .any(|(m, f, _)| *m == full_name && *f == field.name())
+        {
+            let what = match field.name() {
+                "transport_socket" | "transport_socket_matches" => "TLS is not supported yet".to_owned(),
+                name => format!("{name} of {full_name} is not supported yet"),
+            };
+            return Err(ConfigError::new(path.as_str(), what));
+        }
+        path.truncate(mark);
+    }
+    Ok(())
+}
+
+fn walk_value(value: &Value, path: &mut String) -> Result<(), ConfigError> {
+    let mark = path.len();
+    match value {
+        Value::Message(message) => walk(message, path)?,
+        Value::List(items) => {
+            for (index, item) in items.iter().enumerate() {
+                path.push_str(&format!("[{index}]"));
+                walk_value(item, path)?;
+                path.truncate(mark);
+            }
+        }
+        Value::Map(items) => {
+            for (key, item) in items {
+                path.push_str(&format!("[{}]", key.as_str().unwrap_or("?")));
+                walk_value(item, path)?;
+                path.truncate(mark);
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// `envoy.config.core.v3.Pipe` reads better as it is; extensions are named by their full type.
+fn title(full_name: &str) -> String {
+    format!("type {full_name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::schema;
+
+    #[test]
+    fn every_listed_field_exists() {
+        for (name, fields) in IMPLEMENTED {
+            let message = schema::message(name).unwrap_or_else(|| panic!("no message {name}"));
+            for field in *fields {
+                assert!(
+                    message.get_field_by_name(field).is_some(),
+                    "no field {field} in {name}"
+                );
+            }
+        }
+        for (name, field, reason) in NO_EFFECT {
+            assert!(
+                IMPLEMENTED.iter().any(|(m, _)| m == name),
+                "{name} is refused as a whole"
+            );
+            assert!(
+                schema::message(name).unwrap().get_field_by_name(field).is_some(),
+                "no field {field} in {name}"
+            );
+            assert!(!reason.is_empty());
+        }
+    }
+}

@@ -1,0 +1,613 @@
+//! Messages into the compiled model: the only place that knows both.
+//!
+//! Everything arrives checked by [`super::support`], so a field read here is a field that has its effect. What remains to
+//! be refused is values: an enum's other choices, addresses that do not parse, regular expressions that do not compile.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use prost::Message as _;
+
+use super::ConfigError;
+use super::at::At;
+use super::model::{Balance, ClusterRef, Endpoint, schedule};
+use super::model::{
+    ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
+    SocketOptions, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
+};
+use super::translate_route;
+use crate::access_log::{AccessLog, Sinks};
+use crate::route::RouteTable;
+use crate::stats::{self, Registry};
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+const FIVE_MINUTES: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// What the translation of one configuration looks things up in.
+pub(super) struct Context<'a> {
+    pub(super) registry: &'a Registry,
+    pub(super) sinks: &'a Sinks,
+    /// Cluster name → index.
+    pub(super) clusters: HashMap<String, usize>,
+    /// Route configurations that came by RDS, by file and name.
+    pub(super) rds: HashMap<(String, String), At>,
+    /// Endpoint assignments that came by EDS, by file and service name.
+    pub(super) eds: HashMap<(String, String), At>,
+}
+
+/// The file an xDS `ConfigSource` names.
+pub(super) fn source_file(source: &At) -> Result<WatchedFile> {
+    if let Some(file) = source.message("path_config_source") {
+        let folder = file.message("watched_directory").map(|d| d.text("path"));
+        return Ok(WatchedFile {
+            path: file.required_text("path")?,
+            watched_directory: folder,
+        });
+    }
+    let path = source.text("path");
+    if path.is_empty() {
+        return Err(source.refuse(
+            "",
+            "path_config_source must be given; management servers are not supported yet",
+        ));
+    }
+    Ok(WatchedFile {
+        path,
+        watched_directory: None,
+    })
+}
+
+/// A file resources are read from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct WatchedFile {
+    pub(super) path: String,
+    pub(super) watched_directory: Option<String>,
+}
+
+pub(super) fn socket_address(address: &At) -> Result<SocketAddr> {
+    let Some(socket) = address.message("socket_address") else {
+        return Err(address.refuse("", "socket_address must be given"));
+    };
+    if socket.choice("protocol") != "TCP" {
+        return Err(socket.refuse("protocol", "only TCP is supported yet"));
+    }
+    let ip: IpAddr = socket.text("address").parse().map_err(|_| {
+        socket.refuse(
+            "address",
+            "must be an IPv4 or IPv6 address; names are not supported yet",
+        )
+    })?;
+    let port = socket.number_or("port_value", 0);
+    let port = u16::try_from(port).map_err(|_| socket.refuse("port_value", "must be at most 65535"))?;
+    Ok(SocketAddr::new(ip, port))
+}
+
+/// A hash of a message's wire form; equal messages, equal hash.
+pub(super) fn fingerprint(message: &At) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    message.message.encode_to_vec().hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Context<'_> {
+    pub(super) fn listener(&self, at: &At, dynamic: bool) -> Result<Arc<Listener>> {
+        let Some(address) = at.message("address") else {
+            return Err(at.refuse("address", "must be given"));
+        };
+        let mut addresses = vec![socket_address(&address)?];
+        for more in at.messages("additional_addresses") {
+            let Some(address) = more.message("address") else {
+                return Err(more.refuse("address", "must be given"));
+            };
+            addresses.push(socket_address(&address)?);
+        }
+        let name = Some(at.text("name"))
+            .filter(|n| !n.is_empty())
+            .unwrap_or_else(|| addresses[0].to_string());
+        let (original_dst, original_src) = listener_filters(at)?;
+        let chains = at.messages("filter_chains");
+        let default_chain = at.message("default_filter_chain");
+        if chains.is_empty() && default_chain.is_none() {
+            return Err(at.refuse("filter_chains", "at least one filter chain must be given"));
+        }
+        let chains = chains
+            .iter()
+            .map(|c| self.filter_chain(c))
+            .collect::<Result<Vec<_>>>()?;
+        for (index, chain) in chains.iter().enumerate() {
+            if chains[..index].iter().any(|c| c.matcher == chain.matcher) {
+                let path = format!("{}[{index}].filter_chain_match", at.path_of("filter_chains"));
+                return Err(ConfigError::new(
+                    path,
+                    "the same match as an earlier filter chain",
+                ));
+            }
+        }
+        let stat_prefix = Some(at.text("stat_prefix")).filter(|p| !p.is_empty());
+        let stat_prefix = stat_prefix.unwrap_or_else(|| addresses[0].to_string().replace(':', "_"));
+        let reuse_port = at
+            .flag("enable_reuse_port")
+            .or_else(|| at.flag("reuse_port"))
+            .unwrap_or(true);
+        Ok(Arc::new(Listener {
+            socket: SocketOptions {
+                transparent: at.flag("transparent").unwrap_or(false),
+                freebind: at.flag("freebind").unwrap_or(false),
+                reuse_port,
+                backlog: at.number_or("tcp_backlog_size", 1024).min(i32::MAX as u32),
+            },
+            default_chain: default_chain.map(|c| self.filter_chain(&c)).transpose()?,
+            access_log: self.access_logs(at)?,
+            fingerprint: fingerprint(at),
+            stats: self
+                .registry
+                .scope(&format!("listener.{stat_prefix}"), stats::Listener::TABLE),
+            name,
+            addresses,
+            original_dst,
+            original_src,
+            chains,
+            dynamic,
+        }))
+    }
+
+    fn filter_chain(&self, at: &At) -> Result<FilterChain> {
+        let filters = at.messages("filters");
+        let Some((last, before)) = filters.split_last() else {
+            return Err(at.refuse("filters", "a terminal filter must be given"));
+        };
+        if let Some(first) = before.first() {
+            return Err(first.refuse(
+                "typed_config",
+                "is a terminal filter, which must be the last of its chain",
+            ));
+        }
+        let Some(config) = last.any("typed_config")? else {
+            return Err(last.refuse("typed_config", "must be given"));
+        };
+        let terminal = match config.type_name().as_str() {
+            "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy" => {
+                Terminal::Tcp(self.tcp_proxy(&config)?)
+            }
+            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager" => {
+                Terminal::Http(self.http_manager(&config)?)
+            }
+            other => return Err(config.refuse("", format!("{other} is not a network filter this proxy has"))),
+        };
+        let matcher = at
+            .message("filter_chain_match")
+            .map(|m| chain_match(&m))
+            .transpose()?
+            .unwrap_or_default();
+        Ok(FilterChain {
+            name: at.text("name"),
+            matcher,
+            terminal,
+        })
+    }
+
+    fn tcp_proxy(&self, at: &At) -> Result<Arc<TcpProxy>> {
+        let prefix = at.required_text("stat_prefix")?;
+        let clusters = match at.message("weighted_clusters") {
+            Some(weighted) => {
+                let entries = weighted.messages("clusters");
+                let split = entries
+                    .iter()
+                    .map(|c| Ok((c.number_or("weight", 0), self.known_cluster(c, "name")?)))
+                    .collect::<Result<Vec<_>>>()?;
+                Weighted::new(split)
+                    .ok_or_else(|| weighted.refuse("clusters", "the weights must not sum up to 0"))?
+            }
+            None => Weighted::new([(1, self.known_cluster(at, "cluster")?)]).expect("one entry of weight 1"),
+        };
+        let idle = at.duration("idle_timeout")?.unwrap_or(HOUR);
+        Ok(Arc::new(TcpProxy {
+            clusters,
+            idle_timeout: (!idle.is_zero()).then_some(idle),
+            max_connect_attempts: at.number_or("max_connect_attempts", 1).max(1),
+            access_log: self.access_logs(at)?,
+            stats: self.registry.scope(&format!("tcp.{prefix}"), stats::Tcp::TABLE),
+        }))
+    }
+
+    fn http_manager(&self, at: &At) -> Result<Arc<HttpManager>> {
+        let prefix = at.required_text("stat_prefix")?;
+        match at.choice("codec_type").as_str() {
+            "AUTO" | "HTTP1" => {}
+            other => return Err(at.refuse("codec_type", format!("{other} is not supported yet"))),
+        }
+        for field in [
+            "use_remote_address",
+            "normalize_path",
+            "merge_slashes",
+            "strip_any_host_port",
+        ] {
+            if at.flag(field) == Some(true) {
+                return Err(at.refuse(field, "true is not supported yet"));
+            }
+        }
+        let router = only_router(at)?;
+        let common = at.message("common_http_protocol_options");
+        let common = common.unwrap_or_else(|| At::new(empty("envoy.config.core.v3.HttpProtocolOptions"), ""));
+        let http1 = at.message("http_protocol_options");
+        let http1 = http1.unwrap_or_else(|| At::new(empty("envoy.config.core.v3.Http1ProtocolOptions"), ""));
+        let underscores = match common.choice("headers_with_underscores_action").as_str() {
+            "REJECT_REQUEST" => Underscores::Reject,
+            "DROP_HEADER" => Underscores::Drop,
+            _ => Underscores::Allow,
+        };
+        let server_header = match at.choice("server_header_transformation").as_str() {
+            "APPEND_IF_ABSENT" => ServerHeader::AppendIfAbsent,
+            "PASS_THROUGH" => ServerHeader::PassThrough,
+            _ => ServerHeader::Overwrite,
+        };
+        let server_name = Some(at.text("server_name"))
+            .filter(|n| !n.is_empty())
+            .unwrap_or_else(|| "envoy".to_owned());
+        if !translate_route::is_value(server_name.as_bytes()) {
+            return Err(at.refuse("server_name", "is not a valid header value"));
+        }
+        let max_kib = at.number_or("max_request_headers_kb", 60);
+        if max_kib > 8192 {
+            return Err(at.refuse("max_request_headers_kb", "must be at most 8192"));
+        }
+        Ok(Arc::new(HttpManager {
+            routes: self.routes(at, &prefix)?,
+            server_name,
+            server_header,
+            idle_timeout: Some(common.duration("idle_timeout")?.unwrap_or(HOUR)).filter(|d| !d.is_zero()),
+            headers_timeout: at.duration("request_headers_timeout")?.filter(|d| !d.is_zero()),
+            stream_idle_timeout: Some(at.duration("stream_idle_timeout")?.unwrap_or(FIVE_MINUTES))
+                .filter(|d| !d.is_zero()),
+            max_head: max_kib as usize * 1024,
+            max_headers: common.number_or("max_headers_count", 100) as usize,
+            max_requests: u64::from(common.number_or("max_requests_per_connection", 0)),
+            underscores,
+            generate_request_id: at.flag("generate_request_id").unwrap_or(true),
+            request_id_in_response: at.flag("always_set_request_id_in_response").unwrap_or(false),
+            accept_http_10: http1.flag("accept_http_10").unwrap_or(false),
+            default_host_http_10: Some(http1.text("default_host_for_http_10")).filter(|h| !h.is_empty()),
+            suppress_envoy_headers: router.flag("suppress_envoy_headers").unwrap_or(false),
+            access_log: self.access_logs(at)?,
+            stats: self.registry.scope(&format!("http.{prefix}"), stats::Http::TABLE),
+        }))
+    }
+
+    fn routes(&self, at: &At, prefix: &str) -> Result<Arc<RouteTable>> {
+        if let Some(inline) = at.message("route_config") {
+            return Ok(Arc::new(translate_route::table(&inline, &self.clusters, true)?));
+        }
+        let Some(rds) = at.message("rds") else {
+            return Err(at.refuse("route_config", "route_config or rds must be given"));
+        };
+        let Some(source) = rds.message("config_source") else {
+            return Err(rds.refuse("config_source", "must be given"));
+        };
+        let file = source_file(&source)?;
+        let name = rds.text("route_config_name");
+        self.registry
+            .scope(&format!("http.{prefix}.rds.{name}"), stats::Subscription::TABLE);
+        let Some(resource) = self.rds.get(&(file.path.clone(), name.clone())) else {
+            return Err(rds.refuse(
+                "route_config_name",
+                format!("{} has no route configuration {name:?}", file.path),
+            ));
+        };
+        let table = translate_route::table(resource, &self.clusters, false).map_err(|e| {
+            e.in_resource(format!("route configuration {name:?}"))
+                .in_file(&file.path)
+        })?;
+        Ok(Arc::new(table))
+    }
+
+    fn access_logs(&self, at: &At) -> Result<Vec<Arc<AccessLog>>> {
+        at.messages("access_log")
+            .iter()
+            .map(|log| self.access_log(log))
+            .collect()
+    }
+
+    fn access_log(&self, at: &At) -> Result<Arc<AccessLog>> {
+        let Some(config) = at.any("typed_config")? else {
+            return Err(at.refuse("typed_config", "must be given"));
+        };
+        let path = match config.type_name().as_str() {
+            "envoy.extensions.access_loggers.file.v3.FileAccessLog" => config.required_text("path")?,
+            "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog" => "/dev/stdout".to_owned(),
+            "envoy.extensions.access_loggers.stream.v3.StderrAccessLog" => "/dev/stderr".to_owned(),
+            other => return Err(config.refuse("", format!("{other} is not an access logger this proxy has"))),
+        };
+        let mut format = Some(config.text("format")).filter(|f| !f.is_empty());
+        let mut format_path = config.path_of("format");
+        if let Some(log_format) = config.message("log_format") {
+            if log_format.has("text_format") {
+                format = Some(log_format.text("text_format"));
+                format_path = log_format.path_of("text_format");
+            } else if let Some(source) = log_format.message("text_format_source") {
+                let bytes = translate_route::data_source(&source)?;
+                format_path = source.path.clone();
+                let text = String::from_utf8(bytes).map_err(|_| source.refuse("", "must be UTF-8"))?;
+                format = Some(text);
+            }
+        }
+        let sink = self
+            .sinks
+            .open(&path)
+            .map_err(|e| config.refuse("path", format!("cannot be opened: {e}")))?;
+        AccessLog::new(format.as_deref(), sink)
+            .map(Arc::new)
+            .map_err(|e| ConfigError::new(format_path, e))
+    }
+
+    fn known_cluster(&self, at: &At, field: &str) -> Result<ClusterRef> {
+        let name = at.required_text(field)?;
+        let cluster = cluster_ref(&name, &self.clusters);
+        if cluster.index.is_none() {
+            return Err(at.refuse(field, format!("unknown cluster {name:?}")));
+        }
+        Ok(cluster)
+    }
+
+    pub(super) fn cluster(&self, at: &At, dynamic: bool) -> Result<Arc<Cluster>> {
+        let name = at.required_text("name")?;
+        let (kind, assignment) = self.cluster_kind(at, &name)?;
+        let balance = balance(at, &kind)?;
+        let endpoints = assignment
+            .as_ref()
+            .map(endpoints)
+            .transpose()?
+            .unwrap_or_default();
+        if kind == ClusterKind::OriginalDst && !endpoints.is_empty() {
+            return Err(at.refuse("load_assignment", "must not be given for an ORIGINAL_DST cluster"));
+        }
+        let options = cluster_http_options(at)?;
+        let common = options.or_else(|| at.message("common_http_protocol_options"));
+        let idle = common
+            .as_ref()
+            .map(|c| c.duration("idle_timeout"))
+            .transpose()?
+            .flatten()
+            .unwrap_or(HOUR);
+        let max_requests = common
+            .as_ref()
+            .and_then(|c| c.number("max_requests_per_connection"));
+        let max_requests = max_requests
+            .or_else(|| at.number("max_requests_per_connection"))
+            .unwrap_or(0);
+        if let Some(common) = &common {
+            for field in ["max_headers_count", "headers_with_underscores_action"] {
+                if common.has(field) {
+                    return Err(common.refuse(field, "is not supported for clusters yet"));
+                }
+            }
+        }
+        let connect_timeout = at
+            .duration("connect_timeout")?
+            .unwrap_or(std::time::Duration::from_secs(5));
+        if connect_timeout.is_zero() {
+            return Err(at.refuse("connect_timeout", "must be greater than 0s"));
+        }
+        let stat_name = Some(at.text("alt_stat_name"))
+            .filter(|n| !n.is_empty())
+            .unwrap_or_else(|| name.clone());
+        Ok(Arc::new(Cluster {
+            stats: self
+                .registry
+                .scope(&format!("cluster.{stat_name}"), stats::Cluster::TABLE),
+            name,
+            kind,
+            balance,
+            connect_timeout,
+            idle_timeout: (!idle.is_zero()).then_some(idle),
+            max_requests_per_connection: max_requests,
+            limits: limits(at)?,
+            schedule: schedule(&endpoints),
+            endpoints,
+            dynamic,
+        }))
+    }
+
+    fn cluster_kind(&self, at: &At, name: &str) -> Result<(ClusterKind, Option<At>)> {
+        match at.choice("type").as_str() {
+            "STATIC" => Ok((ClusterKind::Static, at.message("load_assignment"))),
+            "ORIGINAL_DST" => Ok((ClusterKind::OriginalDst, at.message("load_assignment"))),
+            "EDS" => {
+                let Some(eds) = at.message("eds_cluster_config") else {
+                    return Err(at.refuse("eds_cluster_config", "must be given for an EDS cluster"));
+                };
+                let Some(source) = eds.message("eds_config") else {
+                    return Err(eds.refuse("eds_config", "must be given"));
+                };
+                let service = Some(eds.text("service_name")).filter(|s| !s.is_empty());
+                let key = (
+                    source_file(&source)?.path,
+                    service.unwrap_or_else(|| name.to_owned()),
+                );
+                Ok((ClusterKind::Eds, self.eds.get(&key).cloned()))
+            }
+            other => Err(at.refuse("type", format!("{other} is not supported yet"))),
+        }
+    }
+}
+
+/// An unset message of a type the schema has.
+fn empty(full_name: &str) -> prost_reflect::DynamicMessage {
+    prost_reflect::DynamicMessage::new(
+        super::schema::message(full_name).expect("a type of the checked-in set"),
+    )
+}
+
+fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>)> {
+    let (mut original_dst, mut original_src) = (false, None);
+    for filter in at.messages("listener_filters") {
+        let config = filter.any("typed_config")?;
+        let kind = config.as_ref().map(At::type_name);
+        match (kind.as_deref(), filter.text("name").as_str()) {
+            (Some("envoy.extensions.filters.listener.original_dst.v3.OriginalDst"), _)
+            | (None, "envoy.filters.listener.original_dst") => original_dst = true,
+            (Some("envoy.extensions.filters.listener.original_src.v3.OriginalSrc"), _) => {
+                original_src = config.map(|c| OriginalSrc {
+                    mark: c.number_or("mark", 0),
+                });
+            }
+            (None, "envoy.filters.listener.original_src") => original_src = Some(OriginalSrc { mark: 0 }),
+            (_, name) => {
+                return Err(filter.refuse("", format!("listener filter {name} is not supported yet")));
+            }
+        }
+    }
+    Ok((original_dst, original_src))
+}
+
+fn chain_match(at: &At) -> Result<ChainMatch> {
+    let destination_port = match at.number("destination_port") {
+        None => None,
+        Some(port) => match u16::try_from(port) {
+            Ok(port) if port > 0 => Some(port),
+            _ => return Err(at.refuse("destination_port", "must be between 1 and 65535")),
+        },
+    };
+    let prefixes = |field: &str| at.messages(field).iter().map(cidr).collect::<Result<Vec<_>>>();
+    let ports = at
+        .numbers("source_ports")
+        .into_iter()
+        .map(u16::try_from)
+        .collect::<std::result::Result<_, _>>();
+    Ok(ChainMatch {
+        destination_port,
+        destination: prefixes("prefix_ranges")?,
+        source: prefixes("source_prefix_ranges")?,
+        source_ports: ports.map_err(|_| at.refuse("source_ports", "must be at most 65535"))?,
+    })
+}
+
+fn cidr(at: &At) -> Result<ipnet::IpNet> {
+    let ip: IpAddr = at
+        .text("address_prefix")
+        .parse()
+        .map_err(|_| at.refuse("address_prefix", "must be an IP address"))?;
+    let length = u8::try_from(at.number_or("prefix_len", 0)).unwrap_or(u8::MAX);
+    let net = ipnet::IpNet::new(ip, length).map_err(|e| at.refuse("prefix_len", e.to_string()))?;
+    Ok(net.trunc())
+}
+
+/// The router must be the one HTTP filter.
+fn only_router(at: &At) -> Result<At> {
+    let mut router = None;
+    for filter in at.messages("http_filters") {
+        let config = filter.any("typed_config")?;
+        match config {
+            Some(c)
+                if c.type_name() == "envoy.extensions.filters.http.router.v3.Router" && router.is_none() =>
+            {
+                router = Some(c);
+            }
+            Some(c) if c.type_name() == "envoy.extensions.filters.http.router.v3.Router" => {
+                return Err(filter.refuse(
+                    "",
+                    "the router is a terminal filter, which must be the last of its chain",
+                ));
+            }
+            Some(c) => {
+                return Err(c.refuse(
+                    "",
+                    format!("{} is not an HTTP filter this proxy has", c.type_name()),
+                ));
+            }
+            None => return Err(filter.refuse("typed_config", "must be given")),
+        }
+    }
+    router.ok_or_else(|| at.refuse("http_filters", "the router filter must be given"))
+}
+
+fn cluster_http_options(at: &At) -> Result<Option<At>> {
+    let mut common = None;
+    for (key, options) in at.any_map("typed_extension_protocol_options")? {
+        if key != "envoy.extensions.upstreams.http.v3.HttpProtocolOptions" {
+            return Err(options.refuse("", format!("{key} is not supported yet")));
+        }
+        let Some(explicit) = options.message("explicit_http_config") else {
+            return Err(options.refuse("", "explicit_http_config must be given"));
+        };
+        if !explicit.has("http_protocol_options") {
+            return Err(explicit.refuse("", "http_protocol_options must be given"));
+        }
+        common = options.message("common_http_protocol_options");
+    }
+    Ok(common)
+}
+
+fn balance(at: &At, kind: &ClusterKind) -> Result<Balance> {
+    let original = *kind == ClusterKind::OriginalDst;
+    match at.choice("lb_policy").as_str() {
+        "CLUSTER_PROVIDED" if original => Ok(Balance::Provided),
+        "CLUSTER_PROVIDED" => Err(at.refuse("lb_policy", "CLUSTER_PROVIDED goes with ORIGINAL_DST only")),
+        _ if original => Err(at.refuse(
+            "lb_policy",
+            "must be CLUSTER_PROVIDED for an ORIGINAL_DST cluster",
+        )),
+        "ROUND_ROBIN" => Ok(Balance::RoundRobin),
+        "RANDOM" => Ok(Balance::Random),
+        "LEAST_REQUEST" => Ok(Balance::LeastRequest),
+        other => Err(at.refuse("lb_policy", format!("{other} is not supported yet"))),
+    }
+}
+
+fn limits(at: &At) -> Result<Limits> {
+    let mut limits = Limits {
+        max_connections: 1024,
+        max_pending: 1024,
+        max_requests: 1024,
+    };
+    for threshold in at
+        .message("circuit_breakers")
+        .iter()
+        .flat_map(|b| b.messages("thresholds"))
+    {
+        if threshold.choice("priority") != "DEFAULT" {
+            return Err(threshold.refuse("priority", "only DEFAULT is supported yet"));
+        }
+        limits.max_connections = threshold.number_or("max_connections", limits.max_connections);
+        limits.max_pending = threshold.number_or("max_pending_requests", limits.max_pending);
+        limits.max_requests = threshold.number_or("max_requests", limits.max_requests);
+    }
+    Ok(limits)
+}
+
+fn endpoints(assignment: &At) -> Result<Vec<Endpoint>> {
+    let mut endpoints = Vec::new();
+    let mut seen = HashSet::new();
+    for locality in assignment.messages("endpoints") {
+        if locality.number_or("priority", 0) != 0 {
+            return Err(locality.refuse("priority", "only priority 0 is supported yet"));
+        }
+        for entry in locality.messages("lb_endpoints") {
+            let endpoint = entry.message("endpoint");
+            let address = endpoint.as_ref().and_then(|e| e.message("address"));
+            let Some(address) = address else {
+                return Err(entry.refuse("endpoint.address", "must be given"));
+            };
+            let weight = entry.number_or("load_balancing_weight", 1);
+            if weight == 0 {
+                return Err(entry.refuse("load_balancing_weight", "must be at least 1"));
+            }
+            let healthy = matches!(
+                entry.choice("health_status").as_str(),
+                "UNKNOWN" | "HEALTHY" | "DEGRADED"
+            );
+            let address = socket_address(&address)?;
+            if seen.insert(address) {
+                endpoints.push(Endpoint {
+                    address,
+                    weight,
+                    healthy,
+                });
+            }
+        }
+    }
+    Ok(endpoints)
+}

@@ -1,0 +1,426 @@
+//! Route configurations into [`crate::route`]'s tables.
+
+use std::collections::HashMap;
+
+use regex::bytes::Regex;
+
+use super::ConfigError;
+use super::at::At;
+use super::model::{Weighted, cluster_ref};
+use crate::route::{
+    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, QueryMatch, Redirect,
+    RedirectPath, Route, RouteMatch, RouteTable, Target, TextMatch, ValueMatch, VirtualHost,
+};
+
+type Result<T> = std::result::Result<T, ConfigError>;
+type Clusters = HashMap<String, usize>;
+
+/// Compiles a route configuration. `validate` is what `validate_clusters` means when it is unset.
+pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<RouteTable> {
+    let validate = at.flag("validate_clusters").unwrap_or(validate);
+    let limit = at.number_or("max_direct_response_body_size_bytes", 4096) as usize;
+    let mut table = RouteTable {
+        name: at.text("name"),
+        ignore_port: at.flag("ignore_port_in_host_matching").unwrap_or(false),
+        headers: header_changes(at)?,
+        ..RouteTable::default()
+    };
+    for host in at.messages("virtual_hosts") {
+        let index = table.hosts.len();
+        domains(&mut table, &host, index)?;
+        let routes = host.messages("routes");
+        let routes = routes
+            .iter()
+            .map(|r| route(r, clusters, validate, limit))
+            .collect::<Result<_>>()?;
+        table.hosts.push(VirtualHost {
+            name: host.text("name"),
+            headers: header_changes(&host)?,
+            routes,
+        });
+    }
+    table.suffixes.sort_by_key(|(s, _)| std::cmp::Reverse(s.len()));
+    table.prefixes.sort_by_key(|(p, _)| std::cmp::Reverse(p.len()));
+    Ok(table)
+}
+
+fn domains(table: &mut RouteTable, host: &At, index: usize) -> Result<()> {
+    let domains = host.texts("domains");
+    if domains.is_empty() {
+        return Err(host.refuse("domains", "at least one domain must be given"));
+    }
+    for (place, domain) in domains.iter().enumerate() {
+        let lower = domain.to_ascii_lowercase().into_bytes();
+        let at = format!("domains[{place}]");
+        let fresh = if lower == b"*" {
+            table.any.replace(index).is_none()
+        } else if let Some(suffix) = lower.strip_prefix(b"*") {
+            put(&mut table.suffixes, suffix, index)
+        } else if let Some(prefix) = lower.strip_suffix(b"*") {
+            put(&mut table.prefixes, prefix, index)
+        } else {
+            table.exact.insert(lower.clone(), index).is_none()
+        };
+        if !fresh {
+            return Err(host.refuse(
+                &at,
+                format!("{domain:?} appears twice in one route configuration"),
+            ));
+        }
+        if lower.len() > 1 && lower[1..lower.len() - 1].contains(&b'*') {
+            return Err(host.refuse(&at, "a wildcard stands at the beginning or at the end only"));
+        }
+    }
+    Ok(())
+}
+
+fn put(list: &mut Vec<(Vec<u8>, usize)>, part: &[u8], index: usize) -> bool {
+    let fresh = !list.iter().any(|(known, _)| known == part);
+    list.push((part.to_vec(), index));
+    fresh
+}
+
+fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize) -> Result<Route> {
+    let Some(matcher) = at.message("match") else {
+        return Err(at.refuse("match", "must be given"));
+    };
+    let action = if let Some(forward) = at.message("route") {
+        Action::Forward(Box::new(self::forward(&forward, clusters, validate)?))
+    } else if let Some(redirect) = at.message("redirect") {
+        Action::Redirect(Box::new(self::redirect(&redirect)?))
+    } else if let Some(direct) = at.message("direct_response") {
+        direct_response(&direct, limit)?
+    } else {
+        return Err(at.refuse("route", "route, redirect or direct_response must be given"));
+    };
+    Ok(Route {
+        name: at.text("name"),
+        matcher: route_match(&matcher)?,
+        action,
+        headers: header_changes(at)?,
+    })
+}
+
+fn route_match(at: &At) -> Result<RouteMatch> {
+    let path = if at.has("prefix") {
+        PathMatch::Prefix(at.text("prefix").into_bytes())
+    } else if at.has("path") {
+        PathMatch::Exact(at.text("path").into_bytes())
+    } else if at.has("path_separated_prefix") {
+        let prefix = at.text("path_separated_prefix");
+        if !prefix.starts_with('/') || prefix.ends_with('/') || prefix.contains(['?', '#']) {
+            return Err(at.refuse(
+                "path_separated_prefix",
+                "must begin with a slash, not end with one, and hold no ? or #",
+            ));
+        }
+        PathMatch::Segments(prefix.into_bytes())
+    } else if let Some(regex) = at.message("safe_regex") {
+        PathMatch::Regex(whole(&regex)?)
+    } else {
+        return Err(at.refuse(
+            "",
+            "prefix, path, path_separated_prefix or safe_regex must be given",
+        ));
+    };
+    Ok(RouteMatch {
+        path,
+        case_sensitive: at.flag("case_sensitive").unwrap_or(true),
+        headers: at
+            .messages("headers")
+            .iter()
+            .map(header_match)
+            .collect::<Result<_>>()?,
+        query: at
+            .messages("query_parameters")
+            .iter()
+            .map(query_match)
+            .collect::<Result<_>>()?,
+    })
+}
+
+/// A regular expression that has to match all of its input, as RE2's full match does.
+fn whole(at: &At) -> Result<Regex> {
+    let pattern = at.required_text("regex")?;
+    Regex::new(&format!("^(?:{pattern})$")).map_err(|e| at.refuse("regex", e.to_string()))
+}
+
+fn header_match(at: &At) -> Result<HeaderMatch> {
+    let name = at.required_text("name")?.to_ascii_lowercase();
+    let text = |field: &str, rule: fn(Vec<u8>) -> TextMatch| {
+        ValueMatch::Text(rule(at.text(field).into_bytes()), false)
+    };
+    let value = if at.has("exact_match") {
+        text("exact_match", TextMatch::Exact)
+    } else if at.has("prefix_match") {
+        text("prefix_match", TextMatch::Prefix)
+    } else if at.has("suffix_match") {
+        text("suffix_match", TextMatch::Suffix)
+    } else if at.has("contains_match") {
+        text("contains_match", TextMatch::Contains)
+    } else if let Some(regex) = at.message("safe_regex_match") {
+        ValueMatch::Text(TextMatch::Regex(whole(&regex)?), false)
+    } else if let Some(range) = at.message("range_match") {
+        ValueMatch::Range(range.signed("start"), range.signed("end"))
+    } else if let Some(string) = at.message("string_match") {
+        string_match(&string)?
+    } else {
+        ValueMatch::Present(at.flag("present_match").unwrap_or(true))
+    };
+    Ok(HeaderMatch {
+        name: name.into_bytes(),
+        value,
+        invert: at.flag("invert_match").unwrap_or(false),
+        missing_is_empty: at.flag("treat_missing_header_as_empty").unwrap_or(false),
+    })
+}
+
+fn query_match(at: &At) -> Result<QueryMatch> {
+    let name = at.required_text("name")?.into_bytes();
+    let value = match at.message("string_match") {
+        Some(string) => string_match(&string)?,
+        None => ValueMatch::Present(at.flag("present_match").unwrap_or(true)),
+    };
+    Ok(QueryMatch { name, value })
+}
+
+fn string_match(at: &At) -> Result<ValueMatch> {
+    let ignore_case = at.flag("ignore_case").unwrap_or(false);
+    let text = |field: &str| {
+        let text = at.text(field);
+        if ignore_case {
+            text.to_ascii_lowercase()
+        } else {
+            text
+        }
+        .into_bytes()
+    };
+    let rule = if at.has("exact") {
+        TextMatch::Exact(text("exact"))
+    } else if at.has("prefix") {
+        TextMatch::Prefix(text("prefix"))
+    } else if at.has("suffix") {
+        TextMatch::Suffix(text("suffix"))
+    } else if at.has("contains") {
+        TextMatch::Contains(text("contains"))
+    } else if let Some(regex) = at.message("safe_regex") {
+        return Ok(ValueMatch::Text(TextMatch::Regex(whole(&regex)?), false));
+    } else {
+        return Err(at.refuse("", "exact, prefix, suffix, contains or safe_regex must be given"));
+    };
+    Ok(ValueMatch::Text(rule, ignore_case))
+}
+
+fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
+    let named = |at: &At, field: &str| {
+        let name = at.required_text(field)?;
+        let cluster = cluster_ref(&name, clusters);
+        if validate && cluster.index.is_none() {
+            return Err(at.refuse(field, format!("unknown cluster {name:?}")));
+        }
+        Ok(cluster)
+    };
+    let to = if let Some(weighted) = at.message("weighted_clusters") {
+        let entries = weighted.messages("clusters");
+        let entry = |e: &At| Ok((e.number_or("weight", 0), (named(e, "name")?, header_changes(e)?)));
+        let split = entries.iter().map(entry).collect::<Result<Vec<_>>>()?;
+        let split = Weighted::new(split);
+        Target::Weighted(
+            split.ok_or_else(|| weighted.refuse("clusters", "the weights must not sum up to 0"))?,
+        )
+    } else if at.has("cluster_header") {
+        let all = clusters
+            .keys()
+            .map(|name| (name.clone().into_bytes(), cluster_ref(name, clusters)))
+            .collect();
+        let name = at
+            .required_text("cluster_header")?
+            .to_ascii_lowercase()
+            .into_bytes();
+        if name.first() == Some(&b':') {
+            return Err(at.refuse("cluster_header", "pseudo headers are not supported yet"));
+        }
+        Target::Header(name, all)
+    } else {
+        Target::Cluster(named(at, "cluster")?)
+    };
+    let not_found_status = match at.choice("cluster_not_found_response_code").as_str() {
+        "NOT_FOUND" => 404,
+        "INTERNAL_SERVER_ERROR" => 500,
+        _ => 503,
+    };
+    let timeout = at
+        .duration("timeout")?
+        .unwrap_or(std::time::Duration::from_secs(15));
+    Ok(Forward {
+        to,
+        not_found_status,
+        timeout: (!timeout.is_zero()).then_some(timeout),
+        idle_timeout: at.duration("idle_timeout")?.map(|d| (!d.is_zero()).then_some(d)),
+        prefix_rewrite: path_part(at, "prefix_rewrite")?,
+        host_rewrite: checked_value(at, "host_rewrite_literal")?,
+    })
+}
+
+fn redirect(at: &At) -> Result<Redirect> {
+    let status = match at.choice("response_code").as_str() {
+        "FOUND" => 302,
+        "SEE_OTHER" => 303,
+        "TEMPORARY_REDIRECT" => 307,
+        "PERMANENT_REDIRECT" => 308,
+        _ => 301,
+    };
+    let some = |field: &str| checked_value(at, field).map(|v| v.and_then(|v| String::from_utf8(v).ok()));
+    let scheme = if at.flag("https_redirect") == Some(true) {
+        Some("https".to_owned())
+    } else {
+        some("scheme_redirect")?
+    };
+    let path = if let Some(path) = path_part(at, "path_redirect")? {
+        RedirectPath::Replace(path)
+    } else if let Some(prefix) = path_part(at, "prefix_rewrite")? {
+        RedirectPath::Prefix(prefix)
+    } else {
+        RedirectPath::Keep
+    };
+    let port = at.number("port_redirect").filter(|p| *p > 0);
+    Ok(Redirect {
+        status,
+        scheme,
+        host: some("host_redirect")?,
+        port: port
+            .map(u16::try_from)
+            .transpose()
+            .map_err(|_| at.refuse("port_redirect", "must be at most 65535"))?,
+        path,
+        strip_query: at.flag("strip_query").unwrap_or(false),
+    })
+}
+
+fn direct_response(at: &At, limit: usize) -> Result<Action> {
+    let status = at.number_or("status", 0);
+    if !(200..600).contains(&status) {
+        return Err(at.refuse("status", "must be between 200 and 599"));
+    }
+    let body = at
+        .message("body")
+        .map(|b| data_source(&b))
+        .transpose()?
+        .unwrap_or_default();
+    if body.len() > limit {
+        return Err(at.refuse(
+            "body",
+            format!("{} octets, more than the {limit} allowed", body.len()),
+        ));
+    }
+    Ok(Action::Direct {
+        status: u16::try_from(status).unwrap_or(200),
+        body,
+    })
+}
+
+/// The octets a `DataSource` names.
+pub(super) fn data_source(at: &At) -> Result<Vec<u8>> {
+    if at.has("inline_string") {
+        return Ok(at.text("inline_string").into_bytes());
+    }
+    if at.has("inline_bytes") {
+        return Ok(at.bytes("inline_bytes"));
+    }
+    let file = at.required_text("filename")?;
+    std::fs::read(&file).map_err(|e| at.refuse("filename", format!("{file}: {e}")))
+}
+
+fn header_changes(at: &At) -> Result<HeaderChanges> {
+    let remove = |field: &str| -> Result<Vec<Vec<u8>>> {
+        let names = at
+            .texts(field)
+            .into_iter()
+            .map(|n| n.to_ascii_lowercase().into_bytes());
+        names
+            .map(|n| {
+                if may_change(&n) {
+                    Ok(n)
+                } else {
+                    Err(at.refuse(field, refused_name(&n)))
+                }
+            })
+            .collect()
+    };
+    let add = |field: &str| -> Result<Vec<AddHeader>> { at.messages(field).iter().map(add_header).collect() };
+    Ok(HeaderChanges {
+        request_remove: remove("request_headers_to_remove")?,
+        request_add: add("request_headers_to_add")?,
+        response_remove: remove("response_headers_to_remove")?,
+        response_add: add("response_headers_to_add")?,
+    })
+}
+
+fn add_header(at: &At) -> Result<AddHeader> {
+    let Some(header) = at.message("header") else {
+        return Err(at.refuse("header", "must be given"));
+    };
+    let name = header.required_text("key")?.to_ascii_lowercase().into_bytes();
+    if !may_change(&name) {
+        return Err(header.refuse("key", refused_name(&name)));
+    }
+    let raw = header.text("value");
+    if raw.replace("%%", "").contains('%') {
+        return Err(header.refuse("value", "substitution (%…%) is not supported yet"));
+    }
+    let value = raw.replace("%%", "%").into_bytes();
+    if !is_value(&value) {
+        return Err(header.refuse("value", "is not a valid header value"));
+    }
+    let how = match (at.flag("append"), at.choice("append_action").as_str()) {
+        (Some(false), _) | (None, "OVERWRITE_IF_EXISTS_OR_ADD") => AddHow::Overwrite,
+        (None, "ADD_IF_ABSENT") => AddHow::IfAbsent,
+        (None, "OVERWRITE_IF_EXISTS") => AddHow::OverwriteIfExists,
+        _ => AddHow::Append,
+    };
+    Ok(AddHeader { name, value, how })
+}
+
+/// Names that belong to the framing or to the request line are not the configuration's to change.
+fn may_change(name: &[u8]) -> bool {
+    const FRAMING: [&[u8]; 9] = [
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"connection",
+        b"upgrade",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+    ];
+    !name.is_empty() && name.iter().all(|b| crate::http1::is_token(*b)) && !FRAMING.contains(&name)
+}
+
+fn refused_name(name: &[u8]) -> String {
+    format!(
+        "header {:?} cannot be added or removed",
+        String::from_utf8_lossy(name)
+    )
+}
+
+/// Visible octets, spaces, tabs and bytes above ASCII.
+pub(super) fn is_value(value: &[u8]) -> bool {
+    value.iter().all(|b| *b == b'\t' || (*b >= 0x20 && *b != 0x7f))
+}
+
+fn checked_value(at: &At, field: &str) -> Result<Option<Vec<u8>>> {
+    let value = at.text(field).into_bytes();
+    if !value.iter().all(|b| b.is_ascii_graphic()) {
+        return Err(at.refuse(field, "must be visible ASCII"));
+    }
+    Ok((!value.is_empty()).then_some(value))
+}
+
+fn path_part(at: &At, field: &str) -> Result<Option<Vec<u8>>> {
+    let value = checked_value(at, field)?;
+    match value {
+        Some(path) if path[0] != b'/' => Err(at.refuse(field, "must begin with a slash")),
+        value => Ok(value),
+    }
+}

@@ -1,0 +1,154 @@
+//! [`NodeDataplane`]: what the channel's calls do here.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use dpumesh_core::vf::VfLease;
+use dpumesh_core::{
+    Backend, BackendExt, BackendInfo, Capabilities, Epoch, Error, ErrorKind, EventStream, Fence,
+    FlowSteering, PortRef, Result,
+};
+use dpumesh_hw::channel::{Attachment, Dataplane};
+use dpumesh_hw::dataplane::{EngineGone, EngineHandle, EngineStats, PortPolicy, SoftSteering};
+use dpumesh_hw::events::EventHub;
+use dpumesh_hw::stream::IngressPort;
+
+/// The dataplane of one card: its backend, its engine and the steering over it.
+///
+/// Its epoch is its own, not the card's: a dataplane that restarts on a card that did not has no rules and no open ports all
+/// the same, and the agent must notice.
+#[derive(Debug)]
+pub struct NodeDataplane {
+    card: Arc<dyn Backend>,
+    engine: EngineHandle,
+    steering: Arc<SoftSteering>,
+    events: Arc<EventHub>,
+    epoch: Epoch,
+}
+
+impl NodeDataplane {
+    /// Joins the parts in the life `epoch` of the dataplane. The engine runs already.
+    pub fn new(
+        card: Arc<dyn Backend>,
+        engine: EngineHandle,
+        steering: Arc<SoftSteering>,
+        events: Arc<EventHub>,
+        epoch: Epoch,
+    ) -> Self {
+        Self {
+            card,
+            engine,
+            steering,
+            events,
+            epoch,
+        }
+    }
+
+    fn check(&self, fence: Fence, operation: &'static str) -> Result<()> {
+        if fence.0 == self.epoch {
+            return Ok(());
+        }
+        let message = format!(
+            "epoch {} is not the dataplane's present one, {}",
+            fence.0.0, self.epoch.0
+        );
+        Err(Error::new(ErrorKind::Stale, operation, message))
+    }
+
+    /// Ages rules; call it about once a second.
+    ///
+    /// # Errors
+    /// `DeviceLost`: the engine has stopped.
+    pub async fn maintain(&self) -> Result<()> {
+        self.steering.maintain().await
+    }
+
+    async fn close(&self, port: PortRef) -> Result<()> {
+        self.engine.set_policy(port, None).await.map_err(gone)?;
+        self.engine.close_port(port).await.map_err(gone)
+    }
+}
+
+#[async_trait]
+impl Dataplane for NodeDataplane {
+    fn info(&self) -> BackendInfo {
+        self.card.info()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.card.capabilities()
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    fn steering(&self) -> &dyn FlowSteering {
+        self.steering.as_ref()
+    }
+
+    async fn attach(&self, fence: Fence, attachment: &Attachment) -> Result<()> {
+        self.check(fence, "channel.attach")?;
+        let fence = self.card.fence();
+        let policy = policy(attachment)?;
+        let port = attachment.lease.port;
+        self.card.require_vf()?.admit(fence, &attachment.lease).await?;
+        // Closed first: a port has one reader, and the policy must be in force before the first frame.
+        self.close(port).await?;
+        if !self.engine.set_policy(port, Some(policy)).await.map_err(gone)? {
+            let message =
+                "one of the addresses is another local pod's, or the dataplane has no room for one more port";
+            return Err(Error::new(ErrorKind::Conflict, "channel.attach", message)
+                .object(port)
+                .field("addresses"));
+        }
+        let io = match self.card.require_ports()?.open(fence, port).await {
+            Ok(io) => io,
+            Err(error) => {
+                self.close(port).await?;
+                return Err(error);
+            }
+        };
+        self.engine.open_port(io).await.map_err(gone)?;
+        Ok(())
+    }
+
+    async fn detach(&self, fence: Fence, lease: &VfLease) -> Result<()> {
+        self.check(fence, "channel.detach")?;
+        self.close(lease.port).await?;
+        self.card.require_vf()?.revoke(self.card.fence(), lease).await
+    }
+
+    async fn stats(&self) -> Result<EngineStats> {
+        self.engine.stats().await.map_err(gone)
+    }
+
+    fn events(&self) -> Box<dyn EventStream> {
+        Box::new(self.events.subscribe())
+    }
+}
+
+fn policy(attachment: &Attachment) -> Result<PortPolicy> {
+    let invalid = |field, message| {
+        Error::new(ErrorKind::Invalid, "channel.attach", message)
+            .object(attachment.lease.port)
+            .field(field)
+    };
+    let ingress = IngressPort::new(attachment.ingress).ok_or_else(|| invalid("ingress", "must not be 0"))?;
+    if attachment.addresses.is_empty() {
+        return Err(invalid("addresses", "a pod needs at least one address"));
+    }
+    if attachment.mac.is_multicast() || attachment.mac.is_zero() {
+        return Err(invalid("mac", "must be a unicast address"));
+    }
+    Ok(PortPolicy::Vf {
+        mac: attachment.mac,
+        addresses: attachment.addresses.clone(),
+        gateway: attachment.gateway,
+        ingress,
+    })
+}
+
+fn gone(gone: EngineGone) -> Error {
+    Error::new(ErrorKind::DeviceLost, "dataplane", "the engine has stopped").source(gone)
+}

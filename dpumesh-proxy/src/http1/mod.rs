@@ -1,0 +1,16 @@
+//! HTTP/1.1 (RFC 9112), strictly: what can be read in two ways is refused, never repaired.
+//!
+//! [`head`] parses a message head in place, [`body`] moves a body from one connection to the other, [`reply`] is what the
+//! proxy says by itself, [`serve`] is the loop over one client connection.
+
+pub mod body;
+pub mod buffer;
+pub mod head;
+pub mod reply;
+mod rewrite;
+pub mod serve;
+
+/// `tchar` of RFC 9110 §5.6.2.
+pub fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}

@@ -1,0 +1,480 @@
+//! Heads on their way through: which lines pass, which are this hop's own, what the configuration changes.
+//!
+//! Follows Envoy's defaults: names go out in lower case, hop-by-hop lines and `x-envoy-*` control lines stay behind,
+//! `x-forwarded-proto`, `x-request-id` and `x-envoy-expected-rq-timeout-ms` are added towards the endpoint,
+//! `x-envoy-upstream-service-time`, `date` and `server` towards the client.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::body::Out;
+use super::head::{FieldKind, Framing, RequestHead};
+use super::reply;
+use crate::config::model::{HttpManager, ServerHeader, Underscores};
+use crate::route::{AddHeader, AddHow, Forward, HeaderChanges, Route};
+use crate::worker::Buffers;
+
+/// What one request's forwarding changes.
+#[derive(Debug)]
+pub(super) struct Rewrite<'a> {
+    /// The host of an HTTP/1.0 request that names none.
+    pub(super) default_host: Option<&'a [u8]>,
+    /// The host after `host_rewrite_literal`.
+    pub(super) host: Option<&'a [u8]>,
+    /// The path after `prefix_rewrite`.
+    pub(super) path: Option<Vec<u8>>,
+    /// The route's name.
+    pub(super) route_name: Option<&'a str>,
+    /// The request id, if this proxy made it.
+    pub(super) request_id: [u8; 36],
+    /// Whether it did.
+    pub(super) made_id: bool,
+    /// The `x-envoy-upstream-service-time` sent.
+    pub(super) service_ms: Option<Digits>,
+    asked_timeout: Option<Duration>,
+    sent_at: Instant,
+}
+
+/// A short decimal number.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Digits {
+    text: [u8; 20],
+    length: usize,
+}
+
+impl std::ops::Deref for Digits {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.text[..self.length]
+    }
+}
+
+impl Digits {
+    fn of(number: u64) -> Self {
+        let mut buffer = itoa::Buffer::new();
+        let digits = buffer.format(number).as_bytes();
+        let mut text = [0; 20];
+        text[..digits.len()].copy_from_slice(digits);
+        Self {
+            text,
+            length: digits.len(),
+        }
+    }
+}
+
+/// The path of the request; `/` where an absolute target has none.
+pub(super) fn path(buffers: &Buffers) -> &[u8] {
+    let request = &buffers.request;
+    let path = request.path.of_head(buffers.request_in.head());
+    if path.is_empty() && request.absolute && request.method.of_head(buffers.request_in.head()) != b"CONNECT"
+    {
+        b"/"
+    } else {
+        path
+    }
+}
+
+impl<'a> Rewrite<'a> {
+    pub(super) fn new(manager: &'a HttpManager, request: &RequestHead, head: &[u8]) -> Self {
+        let default_host = if request.has_host || request.fields.http11 || request.absolute {
+            None
+        } else {
+            manager.default_host_http_10.as_ref().map(String::as_bytes)
+        };
+        let (mut has_id, mut asked_timeout) = (false, None);
+        for field in &request.fields.fields {
+            match field.kind {
+                FieldKind::RequestId => has_id |= !field.value.is_empty(),
+                FieldKind::TimeoutMs => {
+                    let text = std::str::from_utf8(field.value.of_head(head)).ok();
+                    asked_timeout = text.and_then(|t| t.parse().ok()).map(Duration::from_millis);
+                }
+                _ => {}
+            }
+        }
+        let made_id = manager.generate_request_id && !has_id;
+        Self {
+            default_host,
+            host: None,
+            path: None,
+            route_name: None,
+            request_id: if made_id { uuid() } else { [0; 36] },
+            made_id,
+            service_ms: None,
+            asked_timeout,
+            sent_at: Instant::now(),
+        }
+    }
+
+    /// Notes what the route rewrites.
+    pub(super) fn plan(&mut self, forward: &'a Forward, route: &Route, request: &RequestHead, head: &[u8]) {
+        self.host = forward.host_rewrite.as_deref();
+        if let Some(prefix) = &forward.prefix_rewrite {
+            let path = request.path.of_head(head);
+            let path = if path.is_empty() { b"/".as_slice() } else { path };
+            let bare = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
+            let cut = route.matcher.path.matched_len(&path[..bare]).min(bare);
+            self.path = Some([prefix.as_slice(), &path[cut..]].concat());
+        }
+    }
+
+    /// The request's time limit: what the request asks for, else the route's.
+    pub(super) fn timeout(&self, forward: &Forward) -> Option<Duration> {
+        self.asked_timeout.or(forward.timeout).filter(|t| !t.is_zero())
+    }
+
+    /// Takes the time of the response's beginning.
+    pub(super) fn note_service_time(&mut self) {
+        let ms = u64::try_from(self.sent_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.service_ms = Some(Digits::of(ms));
+    }
+}
+
+/// A random UUID (version 4) in text.
+fn uuid() -> [u8; 36] {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let random = (fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
+    let bytes = random.to_be_bytes();
+    let mut text = [b'-'; 36];
+    let mut at = 0;
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            at += 1;
+        }
+        text[at] = HEX[usize::from(byte >> 4)];
+        text[at + 1] = HEX[usize::from(byte & 15)];
+        at += 2;
+    }
+    text
+}
+
+/// The configured header changes of all levels, the most specific first, made one list. Empty in most requests, and
+/// then free of charge.
+#[derive(Debug, Default)]
+pub(super) struct Changes<'a> {
+    request: Side<'a>,
+    response: Side<'a>,
+}
+
+/// One direction's changes.
+#[derive(Debug, Default)]
+struct Side<'a> {
+    /// In the order in which they are made.
+    steps: Vec<Step<'a>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step<'a> {
+    Remove(&'a [u8]),
+    Add(&'a AddHeader),
+}
+
+impl<'a> Changes<'a> {
+    pub(super) fn of(levels: &[Option<&'a HeaderChanges>]) -> Self {
+        let mut changes = Self::default();
+        for level in levels.iter().flatten().filter(|l| !l.is_empty()) {
+            changes.request.level(&level.request_remove, &level.request_add);
+            changes
+                .response
+                .level(&level.response_remove, &level.response_add);
+        }
+        changes
+    }
+}
+
+impl<'a> Side<'a> {
+    fn level(&mut self, remove: &'a [Vec<u8>], add: &'a [AddHeader]) {
+        self.steps.extend(remove.iter().map(|name| Step::Remove(name)));
+        self.steps.extend(add.iter().map(Step::Add));
+    }
+
+    /// Works the steps out for a message; `exists` tells what it has.
+    fn settle(&self, exists: impl Fn(&[u8]) -> bool) -> Settled<'a> {
+        let mut settled = Settled::default();
+        for step in &self.steps {
+            match step {
+                Step::Remove(name) => settled.drop(name),
+                Step::Add(header) => {
+                    let name = header.name.as_slice();
+                    let there = settled.added.iter().any(|h| h.name == name)
+                        || (!settled.dropped.contains(&name) && exists(name));
+                    match (header.how, there) {
+                        (AddHow::IfAbsent, true) | (AddHow::OverwriteIfExists, false) => continue,
+                        (AddHow::Overwrite | AddHow::OverwriteIfExists, true) => settled.drop(name),
+                        _ => {}
+                    }
+                    settled.added.push(header);
+                }
+            }
+        }
+        settled
+    }
+}
+
+#[derive(Debug, Default)]
+struct Settled<'a> {
+    dropped: Vec<&'a [u8]>,
+    added: Vec<&'a AddHeader>,
+}
+
+impl<'a> Settled<'a> {
+    fn drop(&mut self, name: &'a [u8]) {
+        self.dropped.push(name);
+        self.added.retain(|h| h.name != name);
+    }
+
+    fn drops(&self, name: &[u8]) -> bool {
+        !self.dropped.is_empty() && self.dropped.contains(&name)
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        for header in &self.added {
+            reply::header(&header.name, &header.value, out);
+        }
+    }
+}
+
+/// Writes the request head for the endpoint into `request_out`.
+pub(super) fn request_head(
+    buffers: &mut Buffers,
+    manager: &HttpManager,
+    rewrite: &mut Rewrite<'_>,
+    changes: &Changes<'_>,
+    time_limit: Option<Duration>,
+) {
+    rewrite.sent_at = Instant::now();
+    let mut out = std::mem::take(&mut buffers.request_out);
+    let head = buffers.request_in.head();
+    let request = &buffers.request;
+    let changes = changes
+        .request
+        .settle(|name| request.fields.get(head, name).is_some());
+    out.extend_from_slice(request.method.of_head(head));
+    out.push(b' ');
+    out.extend_from_slice(rewrite.path.as_deref().unwrap_or_else(|| path(buffers)));
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+    let asked_host = rewrite
+        .default_host
+        .unwrap_or_else(|| request.authority.of_head(head));
+    reply::header(b"host", rewrite.host.unwrap_or(asked_host), &mut out);
+    let mut forwarded_proto = false;
+    for field in &request.fields.fields {
+        let (name, value) = (field.name.of_head(head), field.value.of_head(head));
+        let passes = match field.kind {
+            FieldKind::Other
+            | FieldKind::Server
+            | FieldKind::Date
+            | FieldKind::ServiceTime
+            | FieldKind::ContentLength => true,
+            FieldKind::RequestId => !rewrite.made_id,
+            FieldKind::ForwardedProto => {
+                let known = value.eq_ignore_ascii_case(b"http") || value.eq_ignore_ascii_case(b"https");
+                let first = !forwarded_proto;
+                forwarded_proto |= known;
+                known && first
+            }
+            FieldKind::Te => value.eq_ignore_ascii_case(b"trailers"),
+            _ => false,
+        };
+        let underscored = manager.underscores == Underscores::Drop && name.contains(&b'_');
+        if passes && !underscored && !changes.drops(name) {
+            reply::header(name, value, &mut out);
+        }
+    }
+    if !forwarded_proto && !changes.drops(b"x-forwarded-proto") {
+        out.extend_from_slice(b"x-forwarded-proto: http\r\n");
+    }
+    if rewrite.made_id && !changes.drops(b"x-request-id") {
+        reply::header(b"x-request-id", &rewrite.request_id, &mut out);
+    }
+    if !manager.suppress_envoy_headers {
+        envoy_headers(buffers, rewrite, &changes, time_limit, asked_host, &mut out);
+    }
+    if request.fields.framing == Framing::Chunked {
+        out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+    }
+    changes.write(&mut out);
+    out.extend_from_slice(b"\r\n");
+    buffers.request_out = out;
+}
+
+fn envoy_headers(
+    buffers: &Buffers,
+    rewrite: &Rewrite<'_>,
+    changes: &Settled<'_>,
+    time_limit: Option<Duration>,
+    asked_host: &[u8],
+    out: &mut Vec<u8>,
+) {
+    if let Some(limit) = time_limit.filter(|_| !changes.drops(b"x-envoy-expected-rq-timeout-ms")) {
+        let ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        reply::header_number(b"x-envoy-expected-rq-timeout-ms", ms, out);
+    }
+    if rewrite.host.is_some() {
+        reply::header(b"x-envoy-original-host", asked_host, out);
+    }
+    if rewrite.path.is_some() {
+        reply::header(b"x-envoy-original-path", path(buffers), out);
+    }
+}
+
+/// Writes the response head for the client into `response_out`.
+pub(super) fn response_head(
+    buffers: &mut Buffers,
+    manager: &HttpManager,
+    rewrite: &Rewrite<'_>,
+    changes: &Changes<'_>,
+    out_framing: Out,
+    close: bool,
+    date: &[u8],
+) {
+    let mut out = std::mem::take(&mut buffers.response_out);
+    let head = buffers.response_in.head();
+    let response = &buffers.response;
+    let status = response.status;
+    let changes = changes
+        .response
+        .settle(|name| response.fields.get(head, name).is_some());
+    reply::status_line(status, &mut out);
+    let (mut has_date, mut has_server) = (false, false);
+    for field in &response.fields.fields {
+        let (name, value) = (field.name.of_head(head), field.value.of_head(head));
+        let passes = match field.kind {
+            FieldKind::Other | FieldKind::EnvoyInternal | FieldKind::TimeoutMs => true,
+            FieldKind::RequestId => !manager.request_id_in_response,
+            FieldKind::ContentLength => status != 204,
+            FieldKind::Date => {
+                has_date = true;
+                true
+            }
+            FieldKind::Server => {
+                has_server = true;
+                manager.server_header != ServerHeader::Overwrite
+            }
+            FieldKind::ServiceTime => manager.suppress_envoy_headers,
+            _ => false,
+        };
+        if passes && !changes.drops(name) {
+            reply::header(name, value, &mut out);
+        }
+    }
+    let service_ms = rewrite.service_ms.filter(|_| !manager.suppress_envoy_headers);
+    if let Some(ms) = service_ms.filter(|_| !changes.drops(b"x-envoy-upstream-service-time")) {
+        reply::header(b"x-envoy-upstream-service-time", &ms, &mut out);
+    }
+    changes.write(&mut out);
+    if manager.request_id_in_response {
+        let passed = buffers
+            .request
+            .fields
+            .get(buffers.request_in.head(), b"x-request-id");
+        let id = if rewrite.made_id {
+            Some(rewrite.request_id.as_slice())
+        } else {
+            passed
+        };
+        if let Some(id) = id {
+            reply::header(b"x-request-id", id, &mut out);
+        }
+    }
+    if !has_date {
+        reply::header(b"date", date, &mut out);
+    }
+    let own_server = match manager.server_header {
+        ServerHeader::Overwrite => true,
+        ServerHeader::AppendIfAbsent => !has_server,
+        ServerHeader::PassThrough => false,
+    };
+    if own_server {
+        reply::header(b"server", manager.server_name.as_bytes(), &mut out);
+    }
+    let had_chunks = response.fields.framing == Framing::Chunked && status != 204 && status != 304;
+    if out_framing == Out::Chunked || (had_chunks && buffers.request.fields.http11) {
+        out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+    }
+    if close {
+        out.extend_from_slice(b"connection: close\r\n");
+    } else if !buffers.request.fields.http11 {
+        out.extend_from_slice(b"connection: keep-alive\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+    buffers.response_out = out;
+}
+
+/// Applies a route's response changes to a head of the proxy's own (which ends `out`).
+pub(super) fn change_local(levels: &[&HeaderChanges], out: &mut Vec<u8>) {
+    let mut side = Side::default();
+    for level in levels {
+        side.level(&level.response_remove, &level.response_add);
+    }
+    if side.steps.is_empty() {
+        return;
+    }
+    let text = std::mem::take(out);
+    let lines: Vec<&[u8]> = text.split(|b| *b == b'\n').filter(|l| l.len() > 1).collect();
+    let name = |line: &[u8]| {
+        line.iter()
+            .position(|b| *b == b':')
+            .map(|colon| line[..colon].to_vec())
+    };
+    let names: Vec<Option<Vec<u8>>> = lines.iter().map(|l| name(l)).collect();
+    let settled = side.settle(|wanted| names.iter().flatten().any(|n| n == wanted));
+    for (index, (line, name)) in lines.iter().zip(&names).enumerate() {
+        if index == 0 || !name.as_ref().is_some_and(|n| settled.drops(n)) {
+            out.extend_from_slice(line);
+            out.push(b'\n');
+        }
+    }
+    settled.write(out);
+    out.extend_from_slice(b"\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_id_is_a_version_4_uuid() {
+        let id = uuid();
+        let text = std::str::from_utf8(&id).unwrap();
+        let parts: Vec<usize> = text.split('-').map(str::len).collect();
+        assert_eq!(parts, [8, 4, 4, 4, 12]);
+        assert_eq!(id[14], b'4');
+        assert!(b"89ab".contains(&id[19]));
+        assert_ne!(id, uuid());
+    }
+
+    fn add(name: &str, value: &str, how: AddHow) -> AddHeader {
+        AddHeader {
+            name: name.into(),
+            value: value.into(),
+            how,
+        }
+    }
+
+    #[test]
+    fn changes_are_made_level_by_level() {
+        let inner = HeaderChanges {
+            response_add: vec![
+                add("x-a", "inner", AddHow::Append),
+                add("x-b", "1", AddHow::IfAbsent),
+            ],
+            response_remove: vec![b"x-gone".to_vec()],
+            ..HeaderChanges::default()
+        };
+        let outer = HeaderChanges {
+            response_add: vec![
+                add("x-a", "outer", AddHow::Overwrite),
+                add("x-c", "1", AddHow::OverwriteIfExists),
+            ],
+            ..HeaderChanges::default()
+        };
+        let mut out = b"HTTP/1.1 200 OK\r\nx-gone: 1\r\nx-b: 0\r\n\r\n".to_vec();
+        change_local(&[&inner, &outer], &mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "HTTP/1.1 200 OK\r\nx-b: 0\r\nx-a: outer\r\n\r\n"
+        );
+    }
+}

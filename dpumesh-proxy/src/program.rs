@@ -1,0 +1,661 @@
+//! The proxy as a whole: its arguments, its start, its control thread, its end.
+//!
+//! [`run`] is the program `dpu-proxy`; [`Proxy`] is for whoever runs it inside another program. The control thread owns
+//! the configuration files and the admin server; it opens listening sockets (inside the stack's network namespace, if
+//! there is one), swaps the configuration pointer and tells the workers. Nothing on it can hold up a request.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use clap::{Parser, ValueEnum};
+use tokio::sync::mpsc;
+
+use crate::access_log::Sinks;
+use crate::admin;
+use crate::config::ConfigError;
+use crate::config::files::Files;
+use crate::config::model::{Config, SocketOptions};
+use crate::io as sockets;
+use crate::stats::{self, Registry, Shard};
+use crate::worker::{self, Command, ListenerKey};
+
+/// How often the configuration files are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Arguments of `dpu-proxy`.
+#[derive(Debug, Clone, Parser)]
+#[command(
+    name = "dpu-proxy",
+    version,
+    about = "The shared service proxy of a DPU: reads an Envoy v3 bootstrap, proxies HTTP/1.1 and TCP",
+    after_help = "\
+Examples:
+  dpu-proxy -c proxy.yaml                              serve
+  dpu-proxy -c proxy.yaml --mode validate              say what is wrong with the file, or OK
+  dpu-proxy -c proxy.yaml --stack-netns /run/netns/stk listen and connect inside that network namespace
+
+The file is an Envoy v3 bootstrap (YAML, or JSON if it is named .json): static_resources, and files of listeners,
+clusters, routes and endpoints named by path_config_source, which are watched. A field that this proxy does not
+implement is refused with its path. A bad update of a watched file is refused and logged; what was good goes on.
+
+SIGTERM and SIGINT (and POST /quitquitquit on the admin address) drain: no new connections, `connection: close`
+on every response; idle connections are closed after a quarter of --drain-time-s, the rest at its end.
+A second signal ends it at once."
+)]
+pub struct Args {
+    /// The bootstrap file
+    #[arg(short, long, value_name = "FILE", required_unless_present = "completions")]
+    pub config_path: Option<PathBuf>,
+    /// Worker threads; as many as there are processors by default
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub concurrency: Option<u16>,
+    /// Serve, or only check the configuration
+    #[arg(long, value_enum, default_value_t = Mode::Serve)]
+    pub mode: Mode,
+    /// error, warn, info, debug or trace, or a filter such as dpumesh_proxy=debug
+    #[arg(short, long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: String,
+    /// Network namespace the workers listen and connect in; the admin server stays outside
+    #[arg(long, value_name = "PATH")]
+    pub stack_netns: Option<PathBuf>,
+    /// Seconds a drain may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub drain_time_s: u64,
+    /// Print shell completions and leave
+    #[arg(long, value_enum, value_name = "SHELL")]
+    pub completions: Option<clap_complete::Shell>,
+}
+
+/// What the program does with the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Serves.
+    Serve,
+    /// Checks and leaves.
+    Validate,
+}
+
+/// Why the proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration was refused.
+    #[error("configuration refused: {0}")]
+    Config(#[from] ConfigError),
+    /// The operating system said no.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Runs the program until it is told to end.
+///
+/// # Errors
+/// The configuration is refused, a listener cannot be opened, a thread cannot be started.
+pub fn run(args: &Args) -> Result<(), Error> {
+    if let Some(shell) = args.completions {
+        let mut command = <Args as clap::CommandFactory>::command();
+        clap_complete::generate(shell, &mut command, "dpu-proxy", &mut std::io::stdout());
+        return Ok(());
+    }
+    let path = args.config_path.clone().unwrap_or_default();
+    if args.mode == Mode::Validate {
+        validate(&path)?;
+        println!("configuration '{}' OK", path.display());
+        return Ok(());
+    }
+    let concurrency = args.concurrency.map(usize::from);
+    let concurrency = concurrency
+        .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
+        .unwrap_or(1);
+    let proxy = Proxy::start(Options {
+        config_path: path,
+        concurrency,
+        stack_netns: args.stack_netns.clone(),
+        drain_time: Duration::from_secs(args.drain_time_s),
+        signals: true,
+    })?;
+    proxy.wait();
+    Ok(())
+}
+
+/// Compiles the configuration and leaves.
+///
+/// # Errors
+/// Why it is refused.
+pub fn validate(path: &Path) -> Result<(), Error> {
+    let registry = Registry::new(0);
+    let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
+    Files::open(path)?.load(&registry, &sinks)?;
+    Ok(())
+}
+
+/// What a proxy is started with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The bootstrap file.
+    pub config_path: PathBuf,
+    /// Worker threads, at least 1.
+    pub concurrency: usize,
+    /// Network namespace of the workers' sockets.
+    pub stack_netns: Option<PathBuf>,
+    /// Bound on a drain.
+    pub drain_time: Duration,
+    /// Drain on SIGTERM and SIGINT. For programs; leave it off when embedding.
+    pub signals: bool,
+}
+
+impl Options {
+    /// One worker, no namespace, 5 s to drain, no signals.
+    pub fn new(config_path: impl Into<PathBuf>) -> Self {
+        Self {
+            config_path: config_path.into(),
+            concurrency: 1,
+            stack_netns: None,
+            drain_time: Duration::from_secs(5),
+            signals: false,
+        }
+    }
+}
+
+/// A running proxy. Dropping it drains it and waits.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    control: Option<JoinHandle<()>>,
+}
+
+/// What the admin server and the control thread share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The configuration in force.
+    pub config: Arc<ArcSwap<Config>>,
+    /// Every counter.
+    pub registry: Registry,
+    /// Access log sinks.
+    pub sinks: Sinks,
+    /// What it was started with.
+    pub options: Options,
+    /// When it was started.
+    pub started: Instant,
+    admin: Mutex<Option<SocketAddr>>,
+    bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
+    state: AtomicU8,
+    quit: mpsc::UnboundedSender<()>,
+}
+
+/// As in Envoy's `ServerInfo.State`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Serving.
+    Live = 0,
+    /// Ending.
+    Draining = 1,
+    /// Not yet serving.
+    Initializing = 3,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Live => "LIVE",
+            Self::Draining => "DRAINING",
+            Self::Initializing => "INITIALIZING",
+        })
+    }
+}
+
+impl Shared {
+    /// Where it stands.
+    pub fn state(&self) -> State {
+        match self.state.load(Ordering::Acquire) {
+            0 => State::Live,
+            1 => State::Draining,
+            _ => State::Initializing,
+        }
+    }
+
+    /// Listener sockets: name, configured address, address in fact (they differ for port 0).
+    pub fn bound(&self) -> Vec<(String, SocketAddr, SocketAddr)> {
+        lock(&self.bound)
+            .iter()
+            .map(|((name, address), (bound, _))| (name.clone(), *address, *bound))
+            .collect()
+    }
+
+    /// Begins the drain.
+    pub fn quit(&self) {
+        // The control thread is gone when this fails, and with it everything that could drain.
+        let _ = self.quit.send(());
+    }
+}
+
+impl Proxy {
+    /// Starts workers and the control thread; returns once every listener accepts.
+    ///
+    /// # Errors
+    /// The configuration is refused, a listener cannot be opened, a namespace not entered, a thread not started.
+    pub fn start(options: Options) -> Result<Self, Error> {
+        let registry = Registry::new(options.concurrency);
+        let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
+        let mut files = Files::open(&options.config_path)?;
+        let config = files.load(&registry, &sinks)?;
+        let (quit, quits) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            config: Arc::new(ArcSwap::from_pointee(config)),
+            registry,
+            sinks,
+            started: Instant::now(),
+            admin: Mutex::default(),
+            bound: Mutex::default(),
+            state: AtomicU8::new(State::Initializing as u8),
+            quit,
+            options,
+        });
+        let admin = match shared.config.load().admin {
+            None => None,
+            Some(address) => Some(listen_admin(address)?),
+        };
+        *lock(&shared.admin) = admin.as_ref().and_then(|a| a.local_addr().ok());
+        let workers = start_workers(&shared)?;
+        let control = Control {
+            shared: Arc::clone(&shared),
+            files,
+            workers,
+        };
+        control.apply_first()?;
+        shared.state.store(State::Live as u8, Ordering::Release);
+        let thread = std::thread::Builder::new().name("control".to_owned());
+        let control = thread
+            .spawn(move || control.run(admin, quits))
+            .map_err(Error::io("starting the control thread"))?;
+        Ok(Self {
+            shared,
+            control: Some(control),
+        })
+    }
+
+    /// What the admin server shows.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// The admin server's address.
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        *lock(&self.shared.admin)
+    }
+
+    /// The first address a listener listens on, in fact.
+    pub fn listener_address(&self, name: &str) -> Option<SocketAddr> {
+        self.shared
+            .bound()
+            .into_iter()
+            .find(|(n, ..)| n == name)
+            .map(|(.., bound)| bound)
+    }
+
+    /// A counter's or gauge's value by its full name.
+    pub fn stat(&self, name: &str) -> Option<u64> {
+        self.shared.registry.value(name)
+    }
+
+    /// Begins the drain; [`Self::wait`] returns when it is over.
+    pub fn drain(&self) {
+        self.shared.quit();
+    }
+
+    /// Waits until the proxy has ended.
+    pub fn wait(mut self) {
+        self.join();
+    }
+
+    fn join(&mut self) {
+        if let Some(control) = self.control.take()
+            && control.join().is_err()
+        {
+            tracing::error!("the control thread panicked");
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if self.control.is_some() {
+            self.drain();
+            self.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn listen_admin(address: SocketAddr) -> Result<TcpListener, Error> {
+    let options = SocketOptions {
+        transparent: false,
+        freebind: false,
+        reuse_port: false,
+        backlog: 128,
+    };
+    sockets::listen(address, options).map_err(Error::io(format!("admin address {address}")))
+}
+
+#[derive(Debug)]
+struct Running {
+    commands: mpsc::UnboundedSender<Command>,
+    thread: JoinHandle<()>,
+}
+
+fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
+    let (ready, wait) = std::sync::mpsc::channel();
+    let mut workers = Vec::new();
+    for index in 0..shared.options.concurrency.max(1) {
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let start = worker::Start {
+            index,
+            config: Arc::clone(&shared.config),
+            commands: receiver,
+            stack_netns: shared.options.stack_netns.clone(),
+            ready: ready.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{index}"))
+            .spawn(move || worker::run(start))
+            .map_err(Error::io("starting a worker"))?;
+        workers.push(Running { commands, thread });
+    }
+    drop(ready);
+    for _ in &workers {
+        match wait.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(source)) => return Err(Error::io("starting a worker")(source)),
+            Err(_) => {
+                return Err(Error::io("starting a worker")(
+                    std::io::ErrorKind::BrokenPipe.into(),
+                ));
+            }
+        }
+    }
+    Ok(workers)
+}
+
+/// The control thread's own.
+#[derive(Debug)]
+struct Control {
+    shared: Arc<Shared>,
+    files: Files,
+    workers: Vec<Running>,
+}
+
+/// New sockets for each worker, and what they are bound to.
+struct Opened {
+    sockets: Vec<Vec<(ListenerKey, TcpListener)>>,
+    bound: BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>,
+}
+
+impl Control {
+    fn apply_first(&self) -> Result<(), Error> {
+        let config = self.shared.config.load_full();
+        let opened = open(&self.shared, &config)?;
+        commit(&self.shared, &self.workers, None, opened);
+        Ok(())
+    }
+
+    fn run(self, admin: Option<TcpListener>, quits: mpsc::UnboundedReceiver<()>) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                tracing::error!(%error, "the control thread has no runtime");
+                return;
+            }
+        };
+        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, quits));
+    }
+
+    async fn serve(mut self, admin: Option<TcpListener>, mut quits: mpsc::UnboundedReceiver<()>) {
+        if let Some(admin) = admin {
+            tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
+        }
+        let mut signals = self.shared.options.signals.then(Signals::new).flatten();
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = quits.recv() => break,
+                () = Signals::next(&mut signals) => break,
+                _ = look.tick() => self.look(),
+            }
+        }
+        self.drain(quits, signals).await;
+    }
+
+    fn look(&mut self) {
+        let Self {
+            shared,
+            files,
+            workers,
+        } = self;
+        let current = shared.config.load_full();
+        let mut accept = |config: Config| {
+            let opened = open(shared, &config).map_err(|e| {
+                let scope = shared
+                    .registry
+                    .scope("listener_manager", stats::ListenerManager::TABLE);
+                scope.inc(Shard::CONTROL, stats::ListenerManager::CreateFailure);
+                ConfigError::new("", e.to_string())
+            })?;
+            let generation = config.generation;
+            commit(shared, workers, Some(Arc::new(config)), opened);
+            tracing::info!(generation, "configuration updated");
+            Ok(())
+        };
+        let mut refused =
+            |error: ConfigError| tracing::warn!(%error, "update refused; the last good one stays");
+        files.reload(
+            &shared.registry,
+            &shared.sinks,
+            &current,
+            &mut accept,
+            &mut refused,
+        );
+    }
+
+    async fn drain(self, mut quits: mpsc::UnboundedReceiver<()>, mut signals: Option<Signals>) {
+        let Self { shared, workers, .. } = self;
+        shared.state.store(State::Draining as u8, Ordering::Release);
+        let limit = shared.options.drain_time;
+        tracing::info!(seconds = limit.as_secs_f32(), "draining");
+        let now = tokio::time::Instant::now();
+        let (idle, deadline) = (now + limit / 4, now + limit);
+        for worker in &workers {
+            // A worker that is gone has nothing left to drain.
+            let _ = worker.commands.send(Command::Drain { idle, deadline });
+        }
+        let ended = async {
+            while workers.iter().any(|w| !w.thread.is_finished()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            () = ended => {}
+            () = tokio::time::sleep_until(deadline + Duration::from_secs(1)) => {}
+            _ = quits.recv() => {}
+            () = Signals::next(&mut signals) => {}
+        }
+        for worker in workers {
+            drop(worker.commands);
+            if worker.thread.is_finished() && worker.thread.join().is_err() {
+                tracing::error!("a worker panicked");
+            }
+        }
+        shared.sinks.settle();
+    }
+}
+
+/// Opens the sockets `config` has and the proxy not yet.
+fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
+    let known = lock(&shared.bound).clone();
+    let (netns, workers) = (
+        shared.options.stack_netns.clone(),
+        shared.options.concurrency.max(1),
+    );
+    let wanted: Vec<(ListenerKey, SocketOptions)> = config
+        .listeners
+        .iter()
+        .flat_map(|l| l.addresses.iter().map(|a| ((l.name.clone(), *a), l.socket)))
+        .collect();
+    let open_all = move || -> Result<Opened, Error> {
+        if let Some(path) = &netns {
+            sockets::enter_netns(path).map_err(Error::io(format!("network namespace {}", path.display())))?;
+        }
+        let mut opened = Opened {
+            sockets: (0..workers).map(|_| Vec::new()).collect(),
+            bound: BTreeMap::new(),
+        };
+        for (key, options) in wanted {
+            if let Some(kept) = known.get(&key).filter(|(_, o)| *o == options) {
+                opened.bound.insert(key, *kept);
+                continue;
+            }
+            let refused = |source| Error::io(format!("listener {:?} at {}", key.0, key.1))(source);
+            let mut address = key.1;
+            for (index, sockets) in opened.sockets.iter_mut().enumerate() {
+                if index > 0 && !options.reuse_port {
+                    break;
+                }
+                let socket = sockets::listen(address, options).map_err(refused)?;
+                address = socket.local_addr().map_err(refused)?;
+                sockets.push((key.clone(), socket));
+            }
+            opened.bound.insert(key, (address, options));
+        }
+        Ok(opened)
+    };
+    // Entering a namespace is for a thread that ends: the control thread's own stays as it is.
+    let thread = std::thread::Builder::new()
+        .name("listen".to_owned())
+        .spawn(open_all);
+    let thread = thread.map_err(Error::io("starting a thread to listen"))?;
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(Error::io("listening")(std::io::ErrorKind::Other.into())))
+}
+
+/// Makes `config` (or the one already there) the one in force and tells the workers.
+fn commit(shared: &Shared, workers: &[Running], config: Option<Arc<Config>>, opened: Opened) {
+    let before = shared.config.load_full();
+    if let Some(config) = config {
+        count_changes(shared, Some(&before), &config);
+        shared.config.store(config);
+    } else {
+        count_changes(shared, None, &before);
+    }
+    *lock(&shared.bound) = opened.bound;
+    for (worker, sockets) in workers.iter().zip(opened.sockets) {
+        // A worker that is gone panicked; the others go on.
+        let _ = worker.commands.send(Command::Apply(sockets));
+    }
+}
+
+fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {
+    use stats::{Cluster, ClusterManager, ListenerManager, Server};
+    let listeners = shared.registry.scope("listener_manager", ListenerManager::TABLE);
+    let clusters = shared.registry.scope("cluster_manager", ClusterManager::TABLE);
+    let server = shared.registry.scope("server", Server::TABLE);
+    let one = Shard::CONTROL;
+    for listener in &now.listeners {
+        let old = before.and_then(|b| b.listeners.iter().find(|l| l.name == listener.name));
+        match old {
+            None => {
+                listeners.inc(one, ListenerManager::Added);
+                listeners.add(
+                    one,
+                    ListenerManager::CreateSuccess,
+                    shared.options.concurrency as u64,
+                );
+            }
+            Some(old) if old.fingerprint != listener.fingerprint => {
+                listeners.inc(one, ListenerManager::Modified)
+            }
+            Some(_) => {}
+        }
+    }
+    for cluster in &now.clusters {
+        let old = before.and_then(|b| b.clusters.iter().find(|c| c.name == cluster.name));
+        if old.is_none() {
+            clusters.inc(one, ClusterManager::Added);
+        }
+        if old.is_none_or(|old| old.endpoints != cluster.endpoints) && !cluster.endpoints.is_empty() {
+            cluster.stats.inc(one, Cluster::MembershipChange);
+        }
+        let healthy = cluster.endpoints.iter().filter(|e| e.healthy).count();
+        cluster
+            .stats
+            .set(one, Cluster::MembershipTotal, cluster.endpoints.len() as u64);
+        cluster.stats.set(one, Cluster::MembershipHealthy, healthy as u64);
+    }
+    if let Some(before) = before {
+        let gone = before
+            .listeners
+            .iter()
+            .filter(|b| !now.listeners.iter().any(|l| l.name == b.name))
+            .count();
+        listeners.add(one, ListenerManager::Removed, gone as u64);
+        let gone = before
+            .clusters
+            .iter()
+            .filter(|b| !now.clusters.iter().any(|c| c.name == b.name))
+            .count();
+        clusters.add(one, ClusterManager::Removed, gone as u64);
+    }
+    listeners.set(one, ListenerManager::Active, now.listeners.len() as u64);
+    listeners.set(one, ListenerManager::WorkersStarted, 1);
+    clusters.set(one, ClusterManager::Active, now.clusters.len() as u64);
+    server.set(one, Server::Concurrency, shared.options.concurrency as u64);
+    server.set(one, Server::Live, 1);
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Option<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(terminate), Ok(interrupt)) => Some(Self { terminate, interrupt }),
+            (Err(error), _) | (_, Err(error)) => {
+                tracing::warn!(%error, "signals are not handled");
+                None
+            }
+        }
+    }
+
+    async fn next(signals: &mut Option<Self>) {
+        match signals {
+            None => std::future::pending().await,
+            Some(Self { terminate, interrupt }) => {
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            }
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! Counters and gauges under Envoy's names, counted without a lock and without sharing a cache line between workers.
+//!
+//! A [`Scope`] is one named set (`cluster.NAME`, `http.PREFIX`, …) whose members are listed in a static table. It holds
+//! one shard per worker plus one for the control thread; each shard has a single writer, a reader sums them. Scopes
+//! live in the [`Registry`] by name, so that a counter survives the configuration that made it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Which worker writes. Shard 0 is the control thread, worker `n` is shard `n + 1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard(pub usize);
+
+impl Shard {
+    /// The control thread's shard.
+    pub const CONTROL: Self = Self(0);
+
+    /// The shard of worker `n`.
+    pub fn worker(n: usize) -> Self {
+        Self(n + 1)
+    }
+}
+
+/// What kind of number a member is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down; the sum over the shards is the value.
+    Gauge,
+}
+
+macro_rules! members {
+    ($(#[$doc:meta])* $name:ident { $($member:ident = $text:literal $kind:ident),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[allow(missing_docs, reason = "each member is documented by its Envoy name beside it")]
+        #[repr(usize)]
+        pub enum $name { $($member),+ }
+
+        impl $name {
+            /// Name and kind of each member, in order.
+            pub const TABLE: &'static [(&'static str, Kind)] = &[$(($text, Kind::$kind)),+];
+        }
+
+        impl From<$name> for usize {
+            fn from(member: $name) -> Self { member as Self }
+        }
+    };
+}
+
+members! {
+    /// `http.PREFIX.*`: one HTTP connection manager.
+    Http {
+        CxTotal = "downstream_cx_total" Counter,
+        CxActive = "downstream_cx_active" Gauge,
+        CxDestroy = "downstream_cx_destroy" Counter,
+        CxProtocolError = "downstream_cx_protocol_error" Counter,
+        CxIdleTimeout = "downstream_cx_idle_timeout" Counter,
+        CxDrainClose = "downstream_cx_drain_close" Counter,
+        CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
+        CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
+        CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
+        RqTotal = "downstream_rq_total" Counter,
+        RqActive = "downstream_rq_active" Gauge,
+        RqCompleted = "downstream_rq_completed" Counter,
+        Rq1xx = "downstream_rq_1xx" Counter,
+        Rq2xx = "downstream_rq_2xx" Counter,
+        Rq3xx = "downstream_rq_3xx" Counter,
+        Rq4xx = "downstream_rq_4xx" Counter,
+        Rq5xx = "downstream_rq_5xx" Counter,
+        RqTimeout = "downstream_rq_timeout" Counter,
+        RqHeaderTimeout = "downstream_rq_header_timeout" Counter,
+        RqIdleTimeout = "downstream_rq_idle_timeout" Counter,
+        RqTooLarge = "downstream_rq_too_large" Counter,
+        RqRxReset = "downstream_rq_rx_reset" Counter,
+        RqTxReset = "downstream_rq_tx_reset" Counter,
+        RqNonRelativePath = "downstream_rq_non_relative_path" Counter,
+        RqUpgradeRefused = "downstream_rq_ws_on_non_ws_route" Counter,
+        RqEarlyResponse = "downstream_rq_response_before_rq_complete" Counter,
+        NoRoute = "no_route" Counter,
+        NoCluster = "no_cluster" Counter,
+        RqRedirect = "rq_redirect" Counter,
+        RqDirectResponse = "rq_direct_response" Counter,
+        RouterRqTotal = "rq_total" Counter,
+    }
+}
+
+members! {
+    /// `cluster.NAME.*`: one cluster.
+    Cluster {
+        CxTotal = "upstream_cx_total" Counter,
+        CxActive = "upstream_cx_active" Gauge,
+        CxDestroy = "upstream_cx_destroy" Counter,
+        CxConnectFail = "upstream_cx_connect_fail" Counter,
+        CxConnectTimeout = "upstream_cx_connect_timeout" Counter,
+        CxIdleTimeout = "upstream_cx_idle_timeout" Counter,
+        CxOverflow = "upstream_cx_overflow" Counter,
+        CxNoneHealthy = "upstream_cx_none_healthy" Counter,
+        CxProtocolError = "upstream_cx_protocol_error" Counter,
+        CxMaxRequests = "upstream_cx_max_requests" Counter,
+        CxRxBytes = "upstream_cx_rx_bytes_total" Counter,
+        CxTxBytes = "upstream_cx_tx_bytes_total" Counter,
+        RqTotal = "upstream_rq_total" Counter,
+        RqActive = "upstream_rq_active" Gauge,
+        RqCompleted = "upstream_rq_completed" Counter,
+        Rq2xx = "upstream_rq_2xx" Counter,
+        Rq3xx = "upstream_rq_3xx" Counter,
+        Rq4xx = "upstream_rq_4xx" Counter,
+        Rq5xx = "upstream_rq_5xx" Counter,
+        RqTimeout = "upstream_rq_timeout" Counter,
+        RqRetry = "upstream_rq_retry" Counter,
+        RqRetrySuccess = "upstream_rq_retry_success" Counter,
+        RqRxReset = "upstream_rq_rx_reset" Counter,
+        RqTxReset = "upstream_rq_tx_reset" Counter,
+        RqCancelled = "upstream_rq_cancelled" Counter,
+        RqPendingTotal = "upstream_rq_pending_total" Counter,
+        RqPendingActive = "upstream_rq_pending_active" Gauge,
+        RqPendingOverflow = "upstream_rq_pending_overflow" Counter,
+        MembershipChange = "membership_change" Counter,
+        MembershipTotal = "membership_total" Gauge,
+        MembershipHealthy = "membership_healthy" Gauge,
+        UpdateAttempt = "update_attempt" Counter,
+        UpdateSuccess = "update_success" Counter,
+        UpdateRejected = "update_rejected" Counter,
+    }
+}
+
+members! {
+    /// `listener.ADDRESS.*`: one listener.
+    Listener {
+        CxTotal = "downstream_cx_total" Counter,
+        CxActive = "downstream_cx_active" Gauge,
+        CxDestroy = "downstream_cx_destroy" Counter,
+        NoFilterChainMatch = "no_filter_chain_match" Counter,
+    }
+}
+
+members! {
+    /// `tcp.PREFIX.*`: one TCP proxy.
+    Tcp {
+        CxTotal = "downstream_cx_total" Counter,
+        CxNoRoute = "downstream_cx_no_route" Counter,
+        CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
+        CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
+        IdleTimeout = "idle_timeout" Counter,
+    }
+}
+
+members! {
+    /// `listener_manager.*`.
+    ListenerManager {
+        Added = "listener_added" Counter,
+        Modified = "listener_modified" Counter,
+        Removed = "listener_removed" Counter,
+        CreateFailure = "listener_create_failure" Counter,
+        CreateSuccess = "listener_create_success" Counter,
+        Active = "total_listeners_active" Gauge,
+        WorkersStarted = "workers_started" Gauge,
+    }
+}
+
+members! {
+    /// `cluster_manager.*`.
+    ClusterManager {
+        Added = "cluster_added" Counter,
+        Modified = "cluster_modified" Counter,
+        Removed = "cluster_removed" Counter,
+        Active = "active_clusters" Gauge,
+    }
+}
+
+members! {
+    /// `listener_manager.lds.*`, `cluster_manager.cds.*`, `http.PREFIX.rds.NAME.*`: one subscription.
+    Subscription {
+        Attempt = "update_attempt" Counter,
+        Success = "update_success" Counter,
+        Rejected = "update_rejected" Counter,
+        ConfigReload = "config_reload" Counter,
+    }
+}
+
+members! {
+    /// `server.*`.
+    Server {
+        Live = "live" Gauge,
+        State = "state" Gauge,
+        Concurrency = "concurrency" Gauge,
+        Uptime = "uptime" Gauge,
+        MemoryPhysical = "memory_physical_size" Gauge,
+        TotalConnections = "total_connections" Gauge,
+    }
+}
+
+members! {
+    /// `filesystem.*`: access log writing.
+    Filesystem {
+        WriteBuffered = "write_buffered" Counter,
+        WriteCompleted = "write_completed" Counter,
+        WriteFailed = "write_failed" Counter,
+        Dropped = "write_dropped" Counter,
+    }
+}
+
+/// One named set of counters and gauges.
+#[derive(Debug)]
+pub struct Scope {
+    name: String,
+    table: &'static [(&'static str, Kind)],
+    stride: usize,
+    cells: Box<[AtomicU64]>,
+}
+
+/// Counters of a cache line; shards start on a line of their own.
+const PER_LINE: usize = 8;
+
+impl Scope {
+    fn new(name: String, table: &'static [(&'static str, Kind)], shards: usize) -> Self {
+        let stride = table.len().next_multiple_of(PER_LINE) + PER_LINE;
+        let cells = (0..stride * shards).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            name,
+            table,
+            stride,
+            cells,
+        }
+    }
+
+    /// The scope's full name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Adds `by` to a member. One writer per shard: a plain load and store, no locked instruction.
+    #[inline]
+    pub fn add(&self, shard: Shard, member: impl Into<usize>, by: u64) {
+        let cell = &self.cells[shard.0 * self.stride + member.into()];
+        cell.store(cell.load(Relaxed).wrapping_add(by), Relaxed);
+    }
+
+    /// Adds one.
+    #[inline]
+    pub fn inc(&self, shard: Shard, member: impl Into<usize>) {
+        self.add(shard, member, 1);
+    }
+
+    /// Takes one off a gauge.
+    #[inline]
+    pub fn dec(&self, shard: Shard, member: impl Into<usize>) {
+        self.add(shard, member, u64::MAX);
+    }
+
+    /// Sets a gauge that only this shard writes.
+    pub fn set(&self, shard: Shard, member: impl Into<usize>, value: u64) {
+        self.cells[shard.0 * self.stride + member.into()].store(value, Relaxed);
+    }
+
+    /// The value over all shards.
+    pub fn get(&self, member: impl Into<usize>) -> u64 {
+        let member = member.into();
+        self.cells
+            .iter()
+            .skip(member)
+            .step_by(self.stride)
+            .fold(0, |sum, c| sum.wrapping_add(c.load(Relaxed)))
+    }
+}
+
+/// Every scope of the process, by name.
+#[derive(Debug)]
+pub struct Registry {
+    shards: usize,
+    scopes: Mutex<BTreeMap<String, Arc<Scope>>>,
+}
+
+impl Registry {
+    /// A registry for `workers` workers and the control thread.
+    pub fn new(workers: usize) -> Self {
+        Self {
+            shards: workers + 1,
+            scopes: Mutex::default(),
+        }
+    }
+
+    /// The scope `name`, made on first use.
+    pub fn scope(&self, name: &str, table: &'static [(&'static str, Kind)]) -> Arc<Scope> {
+        let mut scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
+        let scope = scopes
+            .entry(name.to_owned())
+            .or_insert_with(|| Arc::new(Scope::new(name.to_owned(), table, self.shards)));
+        Arc::clone(scope)
+    }
+
+    /// The value of `scope.member` by its full name, if there is such a member.
+    pub fn value(&self, full_name: &str) -> Option<u64> {
+        let (scope, member) = full_name.rsplit_once('.')?;
+        let scopes = self.scopes.lock().unwrap_or_else(PoisonError::into_inner);
+        let scope = scopes.get(scope)?;
+        let index = scope.table.iter().position(|(name, _)| *name == member)?;
+        Some(scope.get(index))
+    }
+
+    /// Every value: scope name, member, kind, number; sorted by scope.
+    pub fn each(&self, mut see: impl FnMut(&str, &str, Kind, u64)) {
+        let scopes: Vec<_> = self
+            .scopes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(Arc::clone)
+            .collect();
+        for scope in scopes {
+            for (index, (member, kind)) in scope.table.iter().enumerate() {
+                see(&scope.name, member, *kind, scope.get(index));
+            }
+        }
+    }
+
+    /// Sets every counter to zero (gauges stay): a racing increment may survive or be lost.
+    pub fn reset_counters(&self) {
+        let scopes: Vec<_> = self
+            .scopes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(Arc::clone)
+            .collect();
+        for scope in scopes {
+            for (index, (_, kind)) in scope.table.iter().enumerate() {
+                if *kind == Kind::Counter {
+                    (0..self.shards).for_each(|shard| scope.set(Shard(shard), index, 0));
+                }
+            }
+        }
+    }
+
+    /// The Prometheus text form, with Envoy's metric names and labels.
+    pub fn prometheus(&self, used_only: bool) -> String {
+        let mut families: BTreeMap<(String, Kind), Vec<(String, u64)>> = BTreeMap::new();
+        self.each(|scope, member, kind, value| {
+            if used_only && value == 0 {
+                return;
+            }
+            let (family, labels) = prometheus_name(scope, member);
+            families.entry((family, kind)).or_default().push((labels, value));
+        });
+        let mut text = String::new();
+        for ((family, kind), samples) in families {
+            let kind = if kind == Kind::Counter { "counter" } else { "gauge" };
+            let _ = writeln!(text, "# TYPE {family} {kind}");
+            for (labels, value) in samples {
+                let _ = writeln!(text, "{family}{{{labels}}} {value}");
+            }
+        }
+        text
+    }
+}
+
+impl PartialOrd for Kind {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Kind {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (*self as u8).cmp(&(*other as u8))
+    }
+}
+
+/// Envoy's tag extraction for the scopes of this proxy.
+fn prometheus_name(scope: &str, member: &str) -> (String, String) {
+    let label = |key: &str, value: &str| {
+        format!(
+            "{key}=\"{}\"",
+            value
+                .replace('\\', "\\\\")
+                .replace('"', "\\\"")
+                .replace('\n', "\\n")
+        )
+    };
+    let class = |base: &str, extra: String| {
+        if let Some((stem, class)) = member.rsplit_once('_')
+            && class.len() == 3
+            && class.ends_with("xx")
+        {
+            let comma = if extra.is_empty() { "" } else { "," };
+            let code = label("envoy_response_code_class", &class[..1]);
+            return (format!("{base}_{stem}_xx"), format!("{code}{comma}{extra}"));
+        }
+        (format!("{base}_{member}"), extra)
+    };
+    if let Some(name) = scope.strip_prefix("cluster.") {
+        return class("envoy_cluster", label("envoy_cluster_name", name));
+    }
+    if let Some(rest) = scope.strip_prefix("http.") {
+        if let Some((prefix, route)) = rest.split_once(".rds.") {
+            let labels = [
+                label("envoy_rds_route_config", route),
+                label("envoy_http_conn_manager_prefix", prefix),
+            ]
+            .join(",");
+            return class("envoy_http_rds", labels);
+        }
+        return class("envoy_http", label("envoy_http_conn_manager_prefix", rest));
+    }
+    if let Some(name) = scope.strip_prefix("listener.") {
+        return class("envoy_listener", label("envoy_listener_address", name));
+    }
+    if let Some(name) = scope.strip_prefix("tcp.") {
+        return class("envoy_tcp", label("envoy_tcp_prefix", name));
+    }
+    class(
+        &format!("envoy_{}", scope.replace(['.', '-'], "_")),
+        String::new(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_summed_and_gauges_go_down() {
+        let registry = Registry::new(2);
+        let scope = registry.scope("cluster.a", Cluster::TABLE);
+        scope.add(Shard::worker(0), Cluster::CxActive, 3);
+        scope.inc(Shard::worker(1), Cluster::CxActive);
+        scope.dec(Shard::worker(1), Cluster::CxActive);
+        scope.dec(Shard::worker(1), Cluster::CxActive);
+        assert_eq!(registry.value("cluster.a.upstream_cx_active"), Some(2));
+        assert_eq!(registry.value("cluster.a.nope"), None);
+    }
+
+    #[test]
+    fn prometheus_names_and_labels_are_envoys() {
+        let name = |scope, member| prometheus_name(scope, member);
+        assert_eq!(
+            name("cluster.a", "upstream_cx_total"),
+            (
+                "envoy_cluster_upstream_cx_total".to_owned(),
+                "envoy_cluster_name=\"a\"".to_owned()
+            )
+        );
+        assert_eq!(
+            name("http.in", "downstream_rq_2xx"),
+            (
+                "envoy_http_downstream_rq_xx".to_owned(),
+                "envoy_response_code_class=\"2\",envoy_http_conn_manager_prefix=\"in\"".to_owned()
+            )
+        );
+        assert_eq!(
+            name("server", "live"),
+            ("envoy_server_live".to_owned(), String::new())
+        );
+        assert_eq!(
+            name("listener_manager.lds", "update_rejected").0,
+            "envoy_listener_manager_lds_update_rejected"
+        );
+    }
+}

@@ -1,0 +1,288 @@
+//! The TCP proxy: two connections, octets both ways, half-close kept, RST passed on.
+//!
+//! A direction that ends is shut down on the other side while the opposite one goes on. A connection that breaks resets
+//! its counterpart, so that neither side takes a broken stream for a finished one.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime};
+
+use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use crate::access_log::Record;
+use crate::alarm::{Alarm, earlier};
+use crate::config::model::TcpProxy;
+use crate::http1::buffer::Buffer;
+use crate::io as sockets;
+use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
+use crate::upstream::{NoConnection, Pooled};
+use crate::worker::{Buffers, Entry, Peer, Worker};
+
+/// Read buffer of a direction that proves busy, octets.
+const BUSY_BUFFER: usize = 64 * 1024;
+
+/// Relays one connection to its end.
+pub(crate) async fn relay(
+    worker: Rc<Worker>,
+    entry: Entry,
+    mut client: TcpStream,
+    peer: Peer,
+    proxy: Arc<TcpProxy>,
+) {
+    let (begun, wall) = (Instant::now(), SystemTime::now());
+    let (stats, shard) = (&proxy.stats, worker.shard);
+    stats.inc(shard, Stat::CxTotal);
+    let program = worker.program();
+    let target = proxy.clusters.pick(fastrand::u64(..));
+    // The proxy's own configuration may be older than the program: then its cluster is found by name.
+    let lane = program.lanes.iter().find(|l| *l.cluster.name == *target.name);
+    let mut end = End::default();
+    match lane {
+        None => {
+            stats.inc(shard, Stat::CxNoRoute);
+            end.flags = "NC";
+        }
+        Some(lane) => {
+            let mut attempts = 0;
+            let server = loop {
+                attempts += 1;
+                let Some(picked) = lane.pick(peer.local) else {
+                    lane.cluster.stats.inc(shard, ClusterStat::CxNoneHealthy);
+                    end.flags = "UH";
+                    break None;
+                };
+                let address = picked.endpoint.address;
+                end.upstream = Some(address);
+                match lane.connect(&picked, peer.source).await {
+                    Ok(server) => break Some((picked, server)),
+                    Err(failure) => {
+                        end.flags = match failure {
+                            NoConnection::Overflow => "UO",
+                            NoConnection::TimedOut | NoConnection::Failed(_) => "UF",
+                        };
+                        if attempts >= proxy.max_connect_attempts || matches!(failure, NoConnection::Overflow)
+                        {
+                            break None;
+                        }
+                    }
+                }
+            };
+            match server {
+                None => sockets::reset_on_close(&client),
+                Some((_picked, server)) => {
+                    end.flags = "";
+                    pump(&worker, &entry, &mut client, server, proxy.idle_timeout, &mut end).await;
+                    lane.cluster
+                        .stats
+                        .add(shard, ClusterStat::CxTxBytes, end.received);
+                    lane.cluster.stats.add(shard, ClusterStat::CxRxBytes, end.sent);
+                    if end.idle {
+                        stats.inc(shard, Stat::IdleTimeout);
+                    }
+                }
+            }
+        }
+    }
+    stats.add(shard, Stat::CxRxBytes, end.received);
+    stats.add(shard, Stat::CxTxBytes, end.sent);
+    if proxy.access_log.is_empty() {
+        return;
+    }
+    let record = Record {
+        start: wall,
+        duration: begun.elapsed(),
+        request: None,
+        response: None,
+        protocol: None,
+        status: 0,
+        flags: end.flags,
+        received: end.received,
+        sent: end.sent,
+        upstream: end.upstream,
+        cluster: Some(&target.name),
+        route: None,
+        remote: peer.remote,
+        local: peer.local,
+    };
+    let mut lines = worker.lines.borrow_mut();
+    proxy
+        .access_log
+        .iter()
+        .for_each(|log| log.log(&record, &mut lines));
+}
+
+/// How a connection ended.
+#[derive(Debug, Default)]
+struct End {
+    flags: &'static str,
+    received: u64,
+    sent: u64,
+    upstream: Option<std::net::SocketAddr>,
+    idle: bool,
+}
+
+async fn pump(
+    worker: &Worker,
+    entry: &Entry,
+    client: &mut TcpStream,
+    mut server: Pooled,
+    idle_timeout: Option<Duration>,
+    end: &mut End,
+) {
+    let mut alarm = Alarm::default();
+    let mut idle_until = idle_timeout.map(|t| Instant::now() + t);
+    let mut seen = 0;
+    let (mut up, mut down) = (Direction::default(), Direction::default());
+    let result: Result<(), Broken> = poll_fn(|cx| {
+        let a = up.poll(
+            cx,
+            worker,
+            client,
+            &mut server.stream,
+            Broken::Client,
+            Broken::Server,
+        )?;
+        let b = down.poll(
+            cx,
+            worker,
+            &mut server.stream,
+            client,
+            Broken::Server,
+            Broken::Client,
+        )?;
+        if a.is_ready() && b.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        entry.wake_by(cx.waker());
+        let last = worker.draining().map(|(_, deadline)| deadline);
+        while alarm.poll(cx, earlier(idle_until, last)).is_ready() {
+            let now = Instant::now();
+            if last.is_some_and(|last| now >= last) {
+                return Poll::Ready(Err(Broken::Drained));
+            }
+            if seen == up.moved + down.moved {
+                return Poll::Ready(Err(Broken::Idle));
+            }
+            seen = up.moved + down.moved;
+            idle_until = idle_timeout.map(|t| now + t);
+        }
+        Poll::Pending
+    })
+    .await;
+    up.finish(worker);
+    down.finish(worker);
+    (end.received, end.sent) = (up.moved, down.moved);
+    match result {
+        Ok(()) => {}
+        Err(Broken::Idle) => end.idle = true,
+        Err(Broken::Drained) => {}
+        Err(Broken::Client) => {
+            end.flags = "DC";
+            sockets::reset_on_close(&server.stream);
+        }
+        Err(Broken::Server) => {
+            end.flags = "UC";
+            sockets::reset_on_close(client);
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Broken {
+    Client,
+    Server,
+    Idle,
+    Drained,
+}
+
+/// One direction: read, write, shut down.
+#[derive(Debug, Default)]
+struct Direction {
+    buffers: Option<Box<Buffers>>,
+    moved: u64,
+    ended: bool,
+    done: bool,
+}
+
+impl Direction {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        worker: &Worker,
+        from: &mut TcpStream,
+        to: &mut TcpStream,
+        reader: Broken,
+        writer: Broken,
+    ) -> Result<Poll<()>, Broken> {
+        loop {
+            if self.done {
+                return Ok(Poll::Ready(()));
+            }
+            match self.step(cx, worker, from, to) {
+                Poll::Pending => {
+                    // A silent connection holds no buffer.
+                    if self.buffers.as_ref().is_some_and(|b| b.request_in.is_empty()) {
+                        self.finish(worker);
+                    }
+                    return Ok(Poll::Pending);
+                }
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(Side::Read)) => return Err(reader),
+                Poll::Ready(Err(Side::Write)) => return Err(writer),
+            }
+        }
+    }
+
+    fn step(
+        &mut self,
+        cx: &mut Context<'_>,
+        worker: &Worker,
+        from: &mut TcpStream,
+        to: &mut TcpStream,
+    ) -> Poll<Result<(), Side>> {
+        let buffer: &mut Buffer = match &mut self.buffers {
+            Some(buffers) => &mut buffers.request_in,
+            none => {
+                if !self.ended {
+                    ready!(from.poll_read_ready(cx)).map_err(|_| Side::Read)?;
+                }
+                &mut none.insert(worker.take_buffers()).request_in
+            }
+        };
+        if !buffer.is_empty() {
+            let n = ready!(Pin::new(&mut *to).poll_write(cx, buffer.unread()))
+                .map_err(|_: io::Error| Side::Write)?;
+            buffer.consume(n);
+            self.moved += n as u64;
+            return Poll::Ready(Ok(()));
+        }
+        if self.ended {
+            ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(|_| Side::Write)?;
+            self.done = true;
+            return Poll::Ready(Ok(()));
+        }
+        if self.moved > BUSY_BUFFER as u64 {
+            buffer.grow(BUSY_BUFFER);
+        }
+        let n = ready!(buffer.poll_fill(cx, from)).map_err(|_| Side::Read)?;
+        self.ended = n == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    fn finish(&mut self, worker: &Worker) {
+        if let Some(buffers) = self.buffers.take() {
+            worker.return_buffers(buffers);
+        }
+    }
+}
+
+enum Side {
+    Read,
+    Write,
+}

@@ -1,0 +1,440 @@
+//! A worker: one thread, one tokio current-thread runtime, its own listening sockets, pools, buffers and log lines.
+//!
+//! Workers share nothing on the path of a request but the configuration (immutable) and the counters (one shard each).
+//! The control thread talks to a worker by [`Command`]s.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, LocalSet};
+use tokio::time::Instant;
+
+use crate::access_log::Lines;
+use crate::config::model::{Config, FilterChain, Listener, Terminal};
+use crate::http1::buffer::Buffer;
+use crate::http1::head::{RequestHead, ResponseHead};
+use crate::http1::reply::Date;
+use crate::http1::serve;
+use crate::io as sockets;
+use crate::stats::{self, Shard};
+use crate::tcp;
+use crate::upstream::Lane;
+
+/// Spare sets of buffers a worker keeps.
+const SPARE_BUFFERS: usize = 256;
+
+const TICK: Duration = Duration::from_secs(1);
+
+/// The same while draining.
+const DRAIN_TICK: Duration = Duration::from_millis(20);
+
+/// What the control thread tells a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Take the configuration in the shared pointer; these sockets are new.
+    Apply(Vec<(ListenerKey, TcpListener)>),
+    /// Stop accepting; end connections at their next response; end all at `deadline`.
+    Drain {
+        /// When idle connections are closed.
+        idle: Instant,
+        /// When all are.
+        deadline: Instant,
+    },
+}
+
+/// Which listening socket: the listener's name and the address.
+pub type ListenerKey = (String, SocketAddr);
+
+/// What a worker is started with.
+#[derive(Debug)]
+pub struct Start {
+    /// Its number, from 0.
+    pub index: usize,
+    /// The configuration in force.
+    pub config: Arc<ArcSwap<Config>>,
+    /// Commands.
+    pub commands: mpsc::UnboundedReceiver<Command>,
+    /// The network namespace to work in.
+    pub stack_netns: Option<PathBuf>,
+    /// Called when it is ready to serve, or with the reason why not.
+    pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
+}
+
+/// A worker's state, shared by the tasks on its thread.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its shard of every counter.
+    pub shard: Shard,
+    /// Access log lines not yet handed over.
+    pub lines: RefCell<Lines>,
+    /// The `date` of this second.
+    pub date: RefCell<Date>,
+    program: RefCell<Rc<Program>>,
+    generation: Cell<u64>,
+    draining: Cell<Option<(Instant, Instant)>>,
+    spare: RefCell<VecDeque<Box<Buffers>>>,
+    wakers: RefCell<Wakers>,
+    connections: Cell<usize>,
+}
+
+/// A configuration as one worker sees it.
+#[derive(Debug)]
+pub struct Program {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// A lane per cluster, same order.
+    pub lanes: Vec<Rc<Lane>>,
+}
+
+/// What serving one request needs in memory; kept by the worker between requests.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    /// From the client.
+    pub request_in: Buffer,
+    /// To the endpoint.
+    pub request_out: Vec<u8>,
+    /// From the endpoint.
+    pub response_in: Buffer,
+    /// To the client.
+    pub response_out: Vec<u8>,
+    /// The request.
+    pub request: RequestHead,
+    /// The response.
+    pub response: ResponseHead,
+}
+
+/// Where a connection came in: which chain of which listener.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The listener.
+    pub listener: Arc<Listener>,
+    /// Index of the chain, `None` for the default chain.
+    pub chain: Option<usize>,
+}
+
+impl Place {
+    /// The chain.
+    pub fn chain(&self) -> Option<&FilterChain> {
+        match self.chain {
+            Some(index) => self.listener.chains.get(index),
+            None => self.listener.default_chain.as_ref(),
+        }
+    }
+}
+
+/// The two ends of a client connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer {
+    /// The client.
+    pub remote: SocketAddr,
+    /// The address it meant.
+    pub local: SocketAddr,
+    /// What upstream connections are bound to.
+    pub source: Option<sockets::Source>,
+}
+
+#[derive(Debug, Default)]
+struct Wakers {
+    slots: Vec<Option<Waker>>,
+    free: Vec<usize>,
+}
+
+/// A connection's entry in its worker: counted, and woken for drain and new configurations.
+#[derive(Debug)]
+pub struct Entry {
+    worker: Rc<Worker>,
+    key: usize,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let mut wakers = self.worker.wakers.borrow_mut();
+        wakers.slots[self.key] = None;
+        wakers.free.push(self.key);
+        self.worker.connections.set(self.worker.connections.get() - 1);
+    }
+}
+
+impl Entry {
+    /// Notes whom to wake. Once is enough for a task.
+    pub fn wake_by(&self, waker: &Waker) {
+        let slot = &mut self.worker.wakers.borrow_mut().slots[self.key];
+        if !slot.as_ref().is_some_and(|w| w.will_wake(waker)) {
+            *slot = Some(waker.clone());
+        }
+    }
+}
+
+impl Worker {
+    fn new(index: usize, config: Arc<Config>) -> Rc<Self> {
+        let shard = Shard::worker(index);
+        let generation = config.generation;
+        Rc::new(Self {
+            shard,
+            lines: RefCell::new(Lines::new(shard)),
+            date: RefCell::default(),
+            program: RefCell::new(Rc::new(Program::new(config, shard, None))),
+            generation: Cell::new(generation),
+            draining: Cell::new(None),
+            spare: RefCell::default(),
+            wakers: RefCell::default(),
+            connections: Cell::new(0),
+        })
+    }
+
+    /// The configuration in force.
+    pub fn program(&self) -> Rc<Program> {
+        Rc::clone(&self.program.borrow())
+    }
+
+    /// The number of the configuration in force.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.generation.get()
+    }
+
+    /// While draining: when idle connections are closed, and when all are.
+    #[inline]
+    pub fn draining(&self) -> Option<(Instant, Instant)> {
+        self.draining.get()
+    }
+
+    /// A set of buffers.
+    pub fn take_buffers(&self) -> Box<Buffers> {
+        self.spare.borrow_mut().pop_back().unwrap_or_default()
+    }
+
+    /// Returns a set of buffers.
+    pub fn return_buffers(&self, mut buffers: Box<Buffers>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() < SPARE_BUFFERS {
+            buffers.request_in.clear();
+            buffers.response_in.clear();
+            for out in [&mut buffers.request_out, &mut buffers.response_out] {
+                out.clear();
+                out.shrink_to(64 * 1024);
+            }
+            spare.push_back(buffers);
+        }
+    }
+
+    /// Enters a connection.
+    pub fn enter(self: &Rc<Self>) -> Entry {
+        let mut wakers = self.wakers.borrow_mut();
+        let key = wakers.free.pop().unwrap_or_else(|| {
+            wakers.slots.push(None);
+            wakers.slots.len() - 1
+        });
+        self.connections.set(self.connections.get() + 1);
+        Entry {
+            worker: Rc::clone(self),
+            key,
+        }
+    }
+
+    fn wake_all(&self) {
+        let wakers: Vec<Waker> = self.wakers.borrow().slots.iter().flatten().cloned().collect();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    fn apply(&self, config: Arc<Config>) {
+        let before = self.program();
+        self.generation.set(config.generation);
+        *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, Some(&before)));
+    }
+}
+
+impl Program {
+    fn new(config: Arc<Config>, shard: Shard, before: Option<&Self>) -> Self {
+        let old: HashMap<&str, &Rc<Lane>> = match before {
+            Some(before) => before
+                .lanes
+                .iter()
+                .map(|l| (l.cluster.name.as_str(), l))
+                .collect(),
+            None => HashMap::new(),
+        };
+        let lane = |cluster: &Arc<crate::config::model::Cluster>| {
+            let old = old.get(cluster.name.as_str()).map(|l| l.as_ref());
+            Rc::new(Lane::new(Arc::clone(cluster), shard, old))
+        };
+        let lanes = config.clusters.iter().map(lane).collect();
+        Self { config, lanes }
+    }
+}
+
+/// Runs a worker until it is drained or the control thread is gone.
+pub fn run(start: Start) {
+    let prepared = prepare(&start);
+    let runtime = match prepared {
+        Ok(runtime) => {
+            let _ = start.ready.send(Ok(()));
+            runtime
+        }
+        Err(error) => {
+            let _ = start.ready.send(Err(error));
+            return;
+        }
+    };
+    LocalSet::new().block_on(&runtime, control(start));
+}
+
+fn prepare(start: &Start) -> std::io::Result<tokio::runtime::Runtime> {
+    if let Some(path) = &start.stack_netns {
+        sockets::enter_netns(path)?;
+    }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .event_interval(61)
+        .build()
+}
+
+async fn control(start: Start) {
+    let Start {
+        index,
+        config,
+        mut commands,
+        ..
+    } = start;
+    let worker = Worker::new(index, config.load_full());
+    let mut accepting: HashMap<ListenerKey, AbortHandle> = HashMap::new();
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        if let Some((_, deadline)) = worker.draining() {
+            if worker.connections.get() == 0 || Instant::now() >= deadline {
+                return;
+            }
+            tick = tokio::time::interval_at(Instant::now() + DRAIN_TICK, DRAIN_TICK);
+        }
+        tokio::select! {
+            command = commands.recv() => match command {
+                None => return,
+                Some(Command::Apply(sockets)) => {
+                    worker.apply(config.load_full());
+                    update_listeners(&worker, &mut accepting, sockets);
+                    worker.wake_all();
+                }
+                Some(Command::Drain { idle, deadline }) => {
+                    worker.draining.set(Some((idle, deadline)));
+                    accepting.drain().for_each(|(_, task)| task.abort());
+                    worker.wake_all();
+                }
+            },
+            _ = tick.tick() => {
+                worker.lines.borrow_mut().flush();
+                let now = Instant::now();
+                worker.program().lanes.iter().for_each(|lane| lane.sweep(now));
+                if worker.draining().is_some_and(|(idle, _)| now >= idle) {
+                    worker.wake_all();
+                }
+            }
+        }
+    }
+}
+
+fn update_listeners(
+    worker: &Rc<Worker>,
+    accepting: &mut HashMap<ListenerKey, AbortHandle>,
+    sockets: Vec<(ListenerKey, TcpListener)>,
+) {
+    for (key, socket) in sockets {
+        let socket = match tokio::net::TcpListener::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::error!(listener = %key.0, address = %key.1, %error, "a listening socket was lost");
+                continue;
+            }
+        };
+        let task = tokio::task::spawn_local(accept(Rc::clone(worker), key.0.clone(), socket));
+        if let Some(old) = accepting.insert(key, task.abort_handle()) {
+            old.abort();
+        }
+    }
+    let program = worker.program();
+    accepting.retain(|(name, address), task| {
+        let wanted = program
+            .config
+            .listeners
+            .iter()
+            .any(|l| l.name == *name && l.addresses.contains(address));
+        if !wanted {
+            task.abort();
+        }
+        wanted
+    });
+}
+
+async fn accept(worker: Rc<Worker>, name: String, socket: tokio::net::TcpListener) {
+    loop {
+        let (stream, remote) = match socket.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors or the like: the queue keeps what it has, look again soon.
+                tracing::warn!(listener = %name, %error, "accept failed");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let program = worker.program();
+        let Some(listener) = program.config.listeners.iter().find(|l| l.name == name) else {
+            return;
+        };
+        tokio::task::spawn_local(connection(
+            Rc::clone(&worker),
+            Arc::clone(listener),
+            stream,
+            remote,
+        ));
+    }
+}
+
+async fn connection(
+    worker: Rc<Worker>,
+    listener: Arc<Listener>,
+    stream: tokio::net::TcpStream,
+    remote: SocketAddr,
+) {
+    let Ok(mut local) = stream.local_addr() else {
+        return;
+    };
+    let _ = stream.set_nodelay(true);
+    if listener.original_dst {
+        local = sockets::original_destination(&stream, local);
+    }
+    let (stats, shard) = (Arc::clone(&listener.stats), worker.shard);
+    stats.inc(shard, stats::Listener::CxTotal);
+    let Some(chain) = listener.chain(remote, local) else {
+        stats.inc(shard, stats::Listener::NoFilterChainMatch);
+        return;
+    };
+    let terminal = chain.terminal.clone();
+    let chain = listener.chains.iter().position(|c| std::ptr::eq(c, chain));
+    let source = listener.original_src.map(|o| sockets::Source {
+        ip: remote.ip(),
+        mark: o.mark,
+    });
+    let peer = Peer {
+        remote,
+        local,
+        source,
+    };
+    stats.inc(shard, stats::Listener::CxActive);
+    let entry = worker.enter();
+    match terminal {
+        Terminal::Http(manager) => {
+            serve::serve(worker, entry, stream, peer, Place { listener, chain }, manager).await;
+        }
+        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, proxy).await,
+    }
+    stats.dec(shard, stats::Listener::CxActive);
+    stats.inc(shard, stats::Listener::CxDestroy);
+}

@@ -1,0 +1,299 @@
+//! What the configuration may say, and how it is refused.
+
+use std::path::Path;
+
+use dpumesh_proxy::access_log::Sinks;
+use dpumesh_proxy::config::ConfigError;
+use dpumesh_proxy::config::files::Files;
+use dpumesh_proxy::config::model::Config;
+use dpumesh_proxy::stats::Registry;
+use proptest::prelude::*;
+
+const GOOD: &str = r#"
+node: {id: a, cluster: b}
+admin: {address: {socket_address: {address: 127.0.0.1, port_value: 1}}}
+static_resources:
+  listeners:
+  - name: web
+    address: {socket_address: {address: 127.0.0.1, port_value: 80}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: web
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - match: {prefix: /}
+                route: {cluster: app, timeout: 1.5s}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
+  clusters:
+  - name: app
+    type: STATIC
+    load_assignment: {cluster_name: app, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: "::1", port_value: 2}}}}]}]}
+"#;
+
+fn load(file: &str, text: &str) -> Result<Config, ConfigError> {
+    let registry = Registry::new(1);
+    let sinks = Sinks::new(&registry).unwrap();
+    Files::parse(Path::new(file), text)?.load(&registry, &sinks)
+}
+
+/// The good bootstrap as JSON, with one value set.
+fn with(pointer: &str, value: serde_json::Value) -> String {
+    let mut json: serde_json::Value = serde_saphyr::from_str(GOOD).unwrap();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    let parent = json.pointer_mut(parent).unwrap_or_else(|| panic!("{pointer}"));
+    match parent {
+        serde_json::Value::Array(items) => items.push(value),
+        parent => parent[key] = value,
+    }
+    json.to_string()
+}
+
+#[test]
+fn the_good_one_compiles_and_json_gives_the_same() {
+    let yaml = load("a.yaml", GOOD).unwrap();
+    let json: serde_json::Value = serde_saphyr::from_str(GOOD).unwrap();
+    let json = load("a.json", &json.to_string()).unwrap();
+    assert_eq!(yaml.dump.bootstrap, json.dump.bootstrap);
+    assert_eq!(yaml.listeners[0].fingerprint, json.listeners[0].fingerprint);
+    assert_eq!(yaml.clusters[0].endpoints, json.clusters[0].endpoints);
+    assert_eq!(yaml.clusters[0].endpoints[0].address.to_string(), "[::1]:2");
+}
+
+#[test]
+fn what_is_not_implemented_is_refused_with_its_path() {
+    use serde_json::json;
+    let listener = "/static_resources/listeners/0";
+    let manager = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
+    let host = format!("{manager}/route_config/virtual_hosts/0");
+    let route = format!("{host}/routes/0");
+    let cluster = "/static_resources/clusters/0";
+    let any = |kind: &str| json!({"@type": format!("type.googleapis.com/{kind}")});
+    let cases = [
+        ("/layered_runtime".to_owned(), json!({"layers": []})),
+        ("/overload_manager".to_owned(), json!({"actions": []})),
+        (
+            "/dynamic_resources".to_owned(),
+            json!({"ads_config": {"api_type": "GRPC"}}),
+        ),
+        ("/stats_sinks".to_owned(), json!([{"name": "x"}])),
+        (format!("{listener}/use_original_dst"), json!(true)),
+        (format!("{listener}/bind_to_port"), json!(false)),
+        (format!("{listener}/listener_filters_timeout"), json!("1s")),
+        (
+            format!("{listener}/connection_balance_config"),
+            json!({"exact_balance": {}}),
+        ),
+        (
+            format!("{listener}/filter_chains/0/transport_socket"),
+            json!({"name": "tls"}),
+        ),
+        (
+            format!("{listener}/filter_chains/0/filter_chain_match"),
+            json!({"server_names": ["a"]}),
+        ),
+        (
+            format!("{manager}/upgrade_configs"),
+            json!([{"upgrade_type": "websocket"}]),
+        ),
+        (format!("{manager}/tracing"), json!({})),
+        (format!("{manager}/http2_protocol_options"), json!({})),
+        (format!("{manager}/codec_type"), json!("HTTP2")),
+        (format!("{manager}/use_remote_address"), json!(true)),
+        (format!("{manager}/normalize_path"), json!(true)),
+        (format!("{manager}/local_reply_config"), json!({"mappers": []})),
+        (
+            format!("{manager}/forward_client_cert_details"),
+            json!("FORWARD_ONLY"),
+        ),
+        (format!("{host}/retry_policy"), json!({"retry_on": "5xx"})),
+        (format!("{host}/cors"), json!({})),
+        (format!("{host}/rate_limits"), json!([{"actions": []}])),
+        (
+            format!("{route}/typed_per_filter_config"),
+            json!({"x": any("envoy.extensions.filters.http.router.v3.Router")}),
+        ),
+        (format!("{route}/route/retry_policy"), json!({"retry_on": "5xx"})),
+        (
+            format!("{route}/route/request_mirror_policies"),
+            json!([{"cluster": "app"}]),
+        ),
+        (format!("{route}/route/hash_policy"), json!([{"terminal": true}])),
+        (
+            format!("{route}/route/max_stream_duration"),
+            json!({"grpc_timeout_header_max": "1s"}),
+        ),
+        (
+            format!("{route}/match/runtime_fraction"),
+            json!({"default_value": {"numerator": 1}}),
+        ),
+        (format!("{route}/match/grpc"), json!({})),
+        (format!("{cluster}/transport_socket"), json!({"name": "tls"})),
+        (format!("{cluster}/health_checks"), json!([{"timeout": "1s"}])),
+        (format!("{cluster}/outlier_detection"), json!({})),
+        (format!("{cluster}/type"), json!("STRICT_DNS")),
+        (format!("{cluster}/lb_policy"), json!("MAGLEV")),
+        (format!("{cluster}/http2_protocol_options"), json!({})),
+        (
+            format!("{cluster}/upstream_bind_config"),
+            json!({"source_address": {"address": "127.0.0.1", "port_value": 0}}),
+        ),
+        (
+            format!("{cluster}/lb_subset_config"),
+            json!({"fallback_policy": "ANY_ENDPOINT"}),
+        ),
+        (
+            format!("{cluster}/load_assignment/endpoints/0/priority"),
+            json!(1),
+        ),
+    ];
+    for (pointer, value) in cases {
+        let error = load("a.json", &with(&pointer, value)).expect_err(&pointer);
+        let wanted = as_path(&pointer);
+        assert!(error.path.starts_with(&wanted), "{pointer}: {error}");
+        assert!(error.reason.contains("supported yet"), "{pointer}: {error}");
+    }
+}
+
+/// `/a/0/b` as `a[0].b`.
+fn as_path(pointer: &str) -> String {
+    pointer
+        .split('/')
+        .skip(1)
+        .fold(String::new(), |path, part| match part.parse::<usize>() {
+            Ok(index) => format!("{path}[{index}]"),
+            Err(_) if path.is_empty() => part.to_owned(),
+            Err(_) => format!("{path}.{part}"),
+        })
+}
+
+#[test]
+fn tls_is_refused_in_plain_words() {
+    let text = with(
+        "/static_resources/listeners/0/filter_chains/0/transport_socket",
+        serde_json::json!({"name": "tls"}),
+    );
+    let error = load("a.json", &text).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "static_resources.listeners[0].filter_chains[0].transport_socket: TLS is not supported yet"
+    );
+}
+
+#[test]
+fn other_http_filters_are_refused_by_name() {
+    let manager = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
+    for kind in [
+        "envoy.extensions.filters.http.rbac.v3.RBAC",
+        "envoy.extensions.filters.http.fault.v3.HTTPFault",
+    ] {
+        let filter = serde_json::json!({"name": "x", "typed_config": {"@type": format!("type.googleapis.com/{kind}")}});
+        let pointer = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config/http_filters/-";
+        let error = load("a.json", &with(pointer, filter)).unwrap_err();
+        assert_eq!(error.path, format!("{manager}.http_filters[1].typed_config"));
+        assert_eq!(error.reason, format!("type {kind} is not supported yet"));
+    }
+}
+
+#[test]
+fn values_that_make_no_sense_are_refused_with_their_path() {
+    use serde_json::json;
+    let manager = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
+    let route = format!("{manager}/route_config/virtual_hosts/0/routes/0");
+    let cluster = "/static_resources/clusters/0";
+    for (pointer, value) in [
+        (
+            "/static_resources/listeners/0/address/socket_address/address".to_owned(),
+            json!("example.com"),
+        ),
+        (
+            "/static_resources/listeners/0/address/socket_address/port_value".to_owned(),
+            json!(70000),
+        ),
+        (format!("{manager}/stat_prefix"), json!("")),
+        (format!("{route}/route/cluster"), json!("nowhere")),
+        (format!("{route}/route/timeout"), json!("-1s")),
+        (format!("{route}/match"), json!({"safe_regex": {"regex": "("}})),
+        (
+            format!("{route}/request_headers_to_add"),
+            json!([{"header": {"key": "x", "value": "%REQ(a)%"}}]),
+        ),
+        (
+            format!("{route}/request_headers_to_add"),
+            json!([{"header": {"key": "host", "value": "a"}}]),
+        ),
+        (
+            format!("{route}/response_headers_to_remove"),
+            json!(["content-length"]),
+        ),
+        (
+            format!("{manager}/route_config/virtual_hosts/0/domains"),
+            json!(["a", "A"]),
+        ),
+        (
+            format!("{manager}/access_log"),
+            json!([{"typed_config": {"@type": "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", "log_format": {"text_format": "%NOPE%"}}}]),
+        ),
+        (format!("{cluster}/connect_timeout"), json!("0s")),
+        (format!("{cluster}/name"), json!("")),
+    ] {
+        let error = load("a.json", &with(&pointer, value)).expect_err(&pointer);
+        assert!(error.path.starts_with(&as_path(&pointer)), "{pointer}: {error}");
+    }
+}
+
+#[test]
+fn text_cut_at_every_length_is_refused_or_read_but_never_a_panic() {
+    let json: serde_json::Value = serde_saphyr::from_str(GOOD).unwrap();
+    let json = serde_json::to_string_pretty(&json).unwrap();
+    for length in 0..json.len() {
+        assert!(load("a.json", &json[..length]).is_err(), "{length}");
+    }
+    for length in (0..GOOD.len()).step_by(7) {
+        let _ = load("a.yaml", &GOOD[..length]);
+    }
+}
+
+#[test]
+fn odd_texts_are_refused() {
+    for text in [
+        "[]",
+        "1",
+        "\"a\"",
+        "a: *b",
+        "a: &a [*a]",
+        "{",
+        "\u{0}",
+        "- - - -",
+        "node: []",
+        "node: {id: {}}",
+        "? : ?",
+    ] {
+        assert!(load("a.yaml", text).is_err(), "{text:?}");
+    }
+    let laughs = "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n\
+                  d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\n\
+                  g: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f]\nh: [*g,*g,*g,*g,*g,*g,*g,*g,*g]\n";
+    assert!(load("a.yaml", laughs).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn a_bootstrap_with_octets_changed_never_panics(at in 0..GOOD.len(), with in "\\PC{0,3}", cut in 0..4usize) {
+        let mut end = (at + cut).min(GOOD.len());
+        let mut start = at;
+        while !GOOD.is_char_boundary(start) { start -= 1; }
+        while !GOOD.is_char_boundary(end) { end += 1; }
+        let text = format!("{}{with}{}", &GOOD[..start], &GOOD[end..]);
+        let _ = load("a.yaml", &text);
+    }
+}

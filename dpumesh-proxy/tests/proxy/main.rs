@@ -1,0 +1,10 @@
+//! The proxy as its clients and endpoints see it: started in this process, on loopback, with plain sockets around it.
+
+mod config;
+mod framing;
+mod harness;
+mod http;
+mod load;
+mod netns;
+mod reload;
+mod tcp;
