@@ -15,80 +15,107 @@ use crate::wire::checksum::{Sum, update, update_partial};
 use crate::wire::encap::{self, NotEncapsulated, Tunnel};
 use crate::wire::{Fragment, Headers, L3, protocol};
 
-/// What the steps did beyond the octets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the steps did to a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Acted {
-    /// The frame's headers, unless they changed.
-    headers: Headers,
-    /// Headers moved or changed: parse again before looking at them.
-    headers_changed: bool,
-    /// The frame came out of this tunnel.
+    /// What is known of its headers afterwards.
+    headers: HeadersAfter,
+    /// It came out of this tunnel.
     pub(super) tunnel: Option<Vni>,
-    /// The frame is in a tunnel now.
+    /// It is in a tunnel now.
     pub(super) encapsulated: bool,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum HeadersAfter {
+    /// They are as they were before.
+    #[default]
+    AsBefore,
+    /// They changed, and are known without being parsed.
+    Known(Headers),
+    /// They changed.
+    Unknown,
+}
+
 impl Acted {
-    /// The headers of the frame that the steps were carried out on.
-    pub(super) fn headers(&mut self, frame: &Frame) -> Result<&Headers, DropReason> {
-        if self.headers_changed {
-            self.headers = Headers::parse(frame.octets()).map_err(|_| DropReason::Malformed)?;
-            self.headers_changed = false;
+    /// The headers of the frame that the steps were carried out on, unless they are as before.
+    pub(super) fn new_headers(&self, frame: &Frame) -> Result<Option<Headers>, DropReason> {
+        match self.headers {
+            HeadersAfter::AsBefore => Ok(None),
+            HeadersAfter::Known(headers) => Ok(Some(headers)),
+            HeadersAfter::Unknown => parse(frame).map(Some),
         }
-        Ok(&self.headers)
     }
 }
 
 /// Carries out `steps` on a frame whose headers are `headers`.
+#[inline]
 pub(super) fn carry_out(steps: &[Step], frame: &mut Frame, headers: &Headers) -> Result<Acted, DropReason> {
-    let mut acted = Acted {
-        headers: *headers,
-        headers_changed: false,
-        tunnel: None,
-        encapsulated: false,
-    };
+    if steps.is_empty() {
+        return Ok(Acted::default());
+    }
+    carry_out_each(steps, frame, headers)
+}
+
+fn carry_out_each(steps: &[Step], frame: &mut Frame, headers: &Headers) -> Result<Acted, DropReason> {
+    let mut acted = Acted::default();
+    let (mut headers, mut stale) = (*headers, false);
     for step in steps {
-        acted.headers(frame)?;
+        if std::mem::take(&mut stale) {
+            headers = parse(frame)?;
+        }
         match step {
-            Step::Mark(mark) => frame.mark = *mark,
+            Step::Mark(mark) => {
+                frame.mark = *mark;
+                continue; // it is in no header
+            }
             Step::Rewrite(RewriteField::EthSrc(mac)) => {
                 frame.octets_mut()[6..12].copy_from_slice(&mac.0);
-                acted.headers.eth_src = *mac;
+                headers.eth_src = *mac;
             }
             Step::Rewrite(RewriteField::EthDst(mac)) => {
                 frame.octets_mut()[..6].copy_from_slice(&mac.0);
-                acted.headers.eth_dst = *mac;
+                headers.eth_dst = *mac;
+            }
+            Step::Decapsulate => {
+                let inside = encap::decapsulate(frame, &headers).map_err(|_| DropReason::NotATunnel)?;
+                let inside = inside.ok_or(DropReason::Congestion)?;
+                headers = inside.inner;
+                (acted.encapsulated, acted.tunnel) = (false, Some(inside.vni));
+            }
+            Step::Encapsulate(outer) => {
+                encapsulate(frame, &headers, outer)?;
+                stale = true;
+                (acted.encapsulated, acted.tunnel) = (true, None);
             }
             Step::Rewrite(field) => {
-                rewrite(*field, frame, &acted.headers)?;
-                acted.headers_changed = true;
+                rewrite(*field, frame, &headers)?;
+                stale = true;
             }
             Step::DecrementTtl => {
-                decrement_ttl(frame, &acted.headers)?;
-                acted.headers_changed = true;
+                decrement_ttl(frame, &headers)?;
+                stale = true;
             }
             Step::PushVlan(id) => {
                 push_vlan(frame, *id)?;
-                acted.headers_changed = true;
+                stale = true;
             }
             Step::PopVlan => {
-                pop_vlan(frame, &acted.headers);
-                acted.headers_changed = true;
-            }
-            Step::Encapsulate(outer) => {
-                encapsulate(frame, &acted.headers, outer)?;
-                acted.headers_changed = true;
-                (acted.encapsulated, acted.tunnel) = (true, None);
-            }
-            Step::Decapsulate => {
-                let inside = encap::decapsulate(frame, &acted.headers).map_err(|_| DropReason::NotATunnel)?;
-                let inside = inside.ok_or(DropReason::Congestion)?;
-                acted.headers = inside.inner;
-                (acted.encapsulated, acted.tunnel) = (false, Some(inside.vni));
+                pop_vlan(frame, &headers);
+                stale = true;
             }
         }
+        acted.headers = if stale {
+            HeadersAfter::Unknown
+        } else {
+            HeadersAfter::Known(headers)
+        };
     }
     Ok(acted)
+}
+
+fn parse(frame: &Frame) -> Result<Headers, DropReason> {
+    Headers::parse(frame.octets()).map_err(|_| DropReason::Malformed)
 }
 
 /// Pushes the outer headers. A super-frame is encapsulated as one: its port cuts it behind the headers

@@ -1,7 +1,7 @@
 //! Groups of masked rules, followed through jumps, and the flow table in front of them.
 //!
-//! The answer for a packet is a *path*: the rules it passes, at most [`MAX_PATH`], the last of which ends it. Paths of
-//! up to two rules that depend on nothing but the flow key are kept in the flow table.
+//! A packet passes at most [`MAX_PATH`] rules, the last of which says what becomes of it; each counts it. Answers of up
+//! to two rules that depend on nothing but the flow key are kept in the flow table.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use dpumesh_core::steering::Group;
 use super::rules::{CompiledRule, Refused, Verdict};
 use crate::flow::{
     Classifier, ClassifierLimits, FlowKey, FlowTable, HashSeed, Idle, IdleWheel, Rule, RuleCount,
-    RuleCounters, RuleIndex, Slot, Tick, WideKey,
+    RuleCounters, RuleIndex, Slot, TableError, Tick, WideKey,
 };
 
 /// Rules that a packet may pass through jumps.
@@ -19,7 +19,8 @@ pub(super) const MAX_PATH: usize = 8;
 /// What the flow table remembers of a flow: 24 octets.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Flow {
-    path: [RuleIndex; 2],
+    /// The second is [`NO_RULE`] where there is one only.
+    rules: [RuleIndex; 2],
     last_seen: Tick,
     packets: u32,
     pub(super) offloaded: bool,
@@ -27,36 +28,20 @@ pub(super) struct Flow {
 
 const NO_RULE: RuleIndex = RuleIndex(u32::MAX);
 
-/// The rules a packet passes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Path {
-    rules: [RuleIndex; MAX_PATH],
-    len: u8,
+/// What a frame adds to the counters of the rules that it passes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    /// Frames that it stands for.
+    pub(super) packets: u64,
+    pub(super) octets: u64,
+    pub(super) now: Tick,
 }
 
-impl Path {
-    pub(super) fn rules(&self) -> &[RuleIndex] {
-        &self.rules[..usize::from(self.len)]
-    }
-
-    /// The rule that says where the packet goes.
-    pub(super) fn last(&self) -> RuleIndex {
-        self.rules[usize::from(self.len) - 1]
-    }
-
-    fn one_or_two(pair: [RuleIndex; 2]) -> Self {
-        let mut rules = [NO_RULE; MAX_PATH];
-        rules[..2].copy_from_slice(&pair);
-        let len = 1 + u8::from(pair[1] != NO_RULE);
-        Self { rules, len }
-    }
-}
-
-/// What classification says.
+/// The rule that says where a packet goes, after those that only sent it to another group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Classified {
-    /// These rules; `slot` when the flow is in the table.
-    Path(Path, Option<Slot>),
+    /// This one; with the slot when the flow is in the table.
+    Rule(RuleIndex, Option<Slot>),
     /// No rule of some group on the way.
     Miss,
     /// More jumps than [`MAX_PATH`].
@@ -78,18 +63,23 @@ pub(super) struct RuleTables {
 
 impl RuleTables {
     /// Tables for `flows` flows that are forgotten after `idle` ticks, and `limits` per group.
-    pub(super) fn new(flows: u32, idle: u32, limits: ClassifierLimits, seed: HashSeed, now: Tick) -> Self {
-        Self {
+    pub(super) fn new(
+        flows: u32,
+        idle: u32,
+        limits: ClassifierLimits,
+        seed: HashSeed,
+        now: Tick,
+    ) -> Result<Self, TableError> {
+        Ok(Self {
             groups: BTreeMap::new(),
             rules: Vec::new(),
             counters: RuleCounters::default(),
-            flows: FlowTable::new(flows.max(1), seed)
-                .expect("at least 1, and a u32 of flows is checked by EngineConfig"),
-            wheel: IdleWheel::new(flows.max(1), now),
+            flows: FlowTable::new(flows, seed)?,
+            wheel: IdleWheel::new(flows, now),
             limits,
             seed,
             idle,
-        }
+        })
     }
 
     pub(super) fn flows(&self) -> usize {
@@ -99,7 +89,7 @@ impl RuleTables {
     #[inline]
     pub(super) fn rule(&self, index: RuleIndex) -> &CompiledRule {
         let rule = self.rules[index.0 as usize].as_ref();
-        rule.expect("a path names installed rules: flows are forgotten when rules change")
+        rule.expect("answers name installed rules: flows are forgotten when rules change")
     }
 
     /// Finds many flows at once; `None` for those to be classified.
@@ -113,28 +103,34 @@ impl RuleTables {
         self.flows.lookup(key)
     }
 
-    /// The path of a flow that [`RuleTables::lookup`] found in this batch.
+    /// The last rule of a flow that [`RuleTables::lookup`] found in this batch, and whether the NP holds the flow. Counts
+    /// for all its rules.
     #[inline]
-    pub(super) fn hit(&mut self, slot: Slot, now: Tick) -> Option<(Path, bool)> {
+    pub(super) fn hit(&mut self, slot: Slot, load: Load) -> Option<(RuleIndex, bool)> {
         let flow = self.flows.value_mut(slot)?;
-        flow.last_seen = now;
+        flow.last_seen = load.now;
         flow.packets = flow.packets.saturating_add(1);
-        Some((Path::one_or_two(flow.path), flow.offloaded))
+        let (rules, offloaded) = (flow.rules, flow.offloaded);
+        self.count(rules[0], load);
+        if rules[1] == NO_RULE {
+            return Some((rules[0], offloaded));
+        }
+        self.count(rules[1], load);
+        Some((rules[1], offloaded))
     }
 
-    /// Classifies a packet from `group` on; with `remember`, keeps the answer for the flow where that is sound.
+    /// Classifies a packet from `group` on and counts for all rules on its way, unless it gets nowhere. With `remember`,
+    /// keeps the answer for the flow where that is sound.
     pub(super) fn classify(
         &mut self,
         group: Group,
         wide: &WideKey,
         key: FlowKey,
-        now: Tick,
+        load: Load,
         remember: bool,
     ) -> Classified {
-        let mut path = Path {
-            rules: [NO_RULE; MAX_PATH],
-            len: 0,
-        };
+        let mut rules = [NO_RULE; MAX_PATH];
+        let mut passed = 0;
         let mut cacheable = remember;
         let mut group = group;
         loop {
@@ -146,27 +142,31 @@ impl RuleTables {
             let Some(rule) = answer.rule else {
                 return Classified::Miss;
             };
-            if usize::from(path.len) == MAX_PATH {
+            if passed == MAX_PATH {
                 return Classified::TooLong;
             }
-            path.rules[usize::from(path.len)] = rule;
-            path.len += 1;
+            rules[passed] = rule;
+            passed += 1;
             let compiled = self.rule(rule);
             match compiled.verdict {
-                // A step may change what the next group looks at, so the next group is asked by `act`, not here.
+                // A step may change what the next group looks at, so the next group is asked after `act`, not here.
                 Verdict::Jump(next) if compiled.steps.is_empty() => group = next,
                 _ => break,
             }
         }
-        let slot = (cacheable && path.len <= 2)
-            .then(|| self.remember(key, &path, now))
-            .flatten();
-        Classified::Path(path, slot)
+        rules[..passed].iter().for_each(|rule| self.count(*rule, load));
+        let remembered = cacheable && passed <= 2;
+        let slot = if remembered {
+            self.remember(key, [rules[0], rules[1]], load.now)
+        } else {
+            None
+        };
+        Classified::Rule(rules[passed - 1], slot)
     }
 
-    fn remember(&mut self, key: FlowKey, path: &Path, now: Tick) -> Option<Slot> {
+    fn remember(&mut self, key: FlowKey, rules: [RuleIndex; 2], now: Tick) -> Option<Slot> {
         let flow = Flow {
-            path: [path.rules[0], path.rules[1]],
+            rules,
             last_seen: now,
             packets: 1,
             offloaded: false,
@@ -197,10 +197,8 @@ impl RuleTables {
     }
 
     #[inline]
-    pub(super) fn count(&mut self, path: &Path, packets: u64, octets: u64, now: Tick) {
-        for rule in path.rules() {
-            self.counters.add(*rule, packets, octets, now);
-        }
+    fn count(&mut self, rule: RuleIndex, load: Load) {
+        self.counters.add(rule, load.packets, load.octets, load.now);
     }
 
     pub(super) fn counter(&self, index: RuleIndex) -> Option<RuleCount> {

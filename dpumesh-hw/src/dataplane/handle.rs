@@ -17,6 +17,8 @@ use super::rules::Refused;
 use super::stats::EngineStats;
 
 /// A way to reach an engine; clones reach the same one.
+///
+/// An engine goes on without handles: who drops the last one before [`EngineHandle::stop`] cannot end it any more.
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: Sender<Command>,

@@ -14,6 +14,8 @@
 //! | file | job |
 //! |---|---|
 //! | `engine` | the worker loop: the only place that reads a clock and waits |
+//! | `commands` | what other threads asked for, carried out between two batches |
+//! | `stages` | one batch led through the stages |
 //! | `handle` | commands from other threads |
 //! | `port` | ports, what may come in by them, their transmit queues |
 //! | `guard` | anti-spoofing: a frame's source is its port's, or it is dropped |
@@ -36,6 +38,7 @@
 
 mod act;
 mod classify;
+mod commands;
 mod engine;
 #[doc(hidden)]
 pub mod fuzz;
@@ -46,6 +49,7 @@ mod neighbour;
 mod offload;
 mod port;
 mod rules;
+mod stages;
 mod stats;
 mod steering;
 mod tx;

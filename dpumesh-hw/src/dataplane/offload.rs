@@ -48,6 +48,11 @@ impl FlowOffload {
         Self { limits, used: 0 }
     }
 
+    /// Whether there is an NP to offer flows to.
+    pub(super) const fn is_there(&self) -> bool {
+        self.limits.flows > 0
+    }
+
     /// Offers a flow that had `packets` packets. Offered once, at the threshold, so that a full NP is not asked again and
     /// again by the same flow.
     pub(super) fn offer(&mut self, packets: u32) -> Offer {

@@ -23,7 +23,7 @@ use dpumesh_core::{
 };
 use tokio::sync::{Mutex, MutexGuard, oneshot};
 
-use super::handle::{EngineGone, EngineHandle, Readings, RuleChange, RulesChanged};
+use super::handle::{EngineGone, EngineHandle, Readings, RuleChange, RuleReading, RulesChanged};
 use super::rules::{Refused, refusal};
 use crate::events::EventHub;
 use crate::steering::{Plan, Removal, RuleStore, TableChange};
@@ -237,8 +237,7 @@ impl SoftSteering {
             .unwrap_or_default();
         for ((removal, seen), (_, last)) in removals.iter_mut().zip(seen).zip(readings) {
             if let Some(counters) = &mut removal.counters {
-                counters.packets += last.packets - seen.0;
-                counters.octets += last.octets - seen.1;
+                run_on(counters, seen, last);
             }
         }
         Ok(removals)
@@ -246,14 +245,6 @@ impl SoftSteering {
 
     /// One attempt at a batch.
     async fn attempt(&self, state: &mut State, batch: &Batch) -> Result<Settled> {
-        let leaving = batch.operations.iter().filter_map(|operation| match operation {
-            Operation::Remove { owner, cookie } => state.store.slot(*owner, *cookie),
-            Operation::Add(_) => None,
-        });
-        let leaving: Vec<u32> = leaving.collect();
-        if !leaving.is_empty() {
-            self.synchronise(state, leaving, APPLY).await?;
-        }
         let plan = state.store.apply(batch, self.now_ms())?;
         if plan.changes.is_empty() {
             return Ok(Ok(plan.outcome));
@@ -342,17 +333,24 @@ const APPLY: &str = "steering.apply";
 
 /// The outcome of a plan that the engine carried out, with the counters that ran on until it did.
 fn finish(state: &mut State, mut plan: Plan, readings: &Readings) -> BatchOutcome {
-    let mut readings = readings.iter();
-    for change in 0..plan.changes.len() {
-        let TableChange::Uninstalled { slot, .. } = &plan.changes[change] else {
-            continue;
-        };
+    let removed = plan.changes.iter().filter_map(|change| match change {
+        TableChange::Uninstalled { slot, operation } => Some((slot, *operation)),
+        TableChange::Installed { .. } => None,
+    });
+    for ((slot, operation), (_, last)) in removed.zip(readings) {
         let seen = state.seen.remove(slot).unwrap_or_default();
-        if let Some((_, last)) = readings.next() {
-            plan.add_final(change, last.packets - seen.0, last.octets - seen.1);
+        if let Some(Ok(Change::Removed(Some(counters)))) = plan.outcome.results.get_mut(operation) {
+            run_on(counters, seen, *last);
         }
     }
     plan.outcome
+}
+
+/// Brings counters from what the engine showed when they were read to what it shows now.
+fn run_on(counters: &mut Counters, seen: (u64, u64), last: RuleReading) {
+    counters.packets += last.packets - seen.0;
+    counters.octets += last.octets - seen.1;
+    counters.idle_ms = last.idle_ms;
 }
 
 /// The operation that made a change.

@@ -268,14 +268,14 @@ impl<V: Copy> FlowTable<V> {
     #[inline]
     pub fn at(&self, slot: Slot) -> Option<(&FlowKey, &V)> {
         let record = self.records.get(slot.index() as usize)?;
-        (record.key != FlowKey::VACANT).then_some((&record.key, &record.value))
+        (!record.key.same(&FlowKey::VACANT)).then_some((&record.key, &record.value))
     }
 
     /// The value in `slot`, to change, stale or live; `None` if it is vacant.
     #[inline]
     pub fn value_mut(&mut self, slot: Slot) -> Option<&mut V> {
         let record = self.records.get_mut(slot.index() as usize)?;
-        (record.key != FlowKey::VACANT).then_some(&mut record.value)
+        (!record.key.same(&FlowKey::VACANT)).then_some(&mut record.value)
     }
 
     /// Whether `slot` holds a flow of an earlier generation.

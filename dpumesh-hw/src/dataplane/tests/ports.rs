@@ -51,6 +51,22 @@ fn a_port_without_policy_lets_nothing_in() {
 }
 
 #[test]
+fn an_engine_without_handles_goes_on_forwarding() {
+    let mut bench = plain();
+    to_other_pod(&mut bench);
+    let Bench {
+        mut engine,
+        handle,
+        ports,
+        ..
+    } = bench;
+    drop(handle);
+    ports[0].put(segment(POD, A, B, (1, 2), 0));
+    engine.turn();
+    assert_eq!(ports[1].sent().len(), 1);
+}
+
+#[test]
 fn an_address_that_is_another_pods_is_refused_and_changes_nothing() {
     let mut bench = plain();
     to_other_pod(&mut bench);

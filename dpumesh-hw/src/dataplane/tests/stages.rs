@@ -392,3 +392,12 @@ fn stop_ends_the_worker() {
     handle.stop();
     worker.join().expect("no panic").expect("no error");
 }
+
+#[test]
+fn a_flow_table_that_cannot_be_is_an_error() {
+    for flows in [0, u32::MAX] {
+        let mut config = EngineConfig::new(1);
+        config.flows = flows;
+        assert_eq!(Engine::new(&config).err(), Some(nix::errno::Errno::EINVAL));
+    }
+}
