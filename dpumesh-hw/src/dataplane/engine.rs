@@ -35,7 +35,8 @@ pub struct EngineConfig {
     pub flows: u32,
     /// How long a flow is remembered without a packet.
     pub flow_idle: Duration,
-    /// Different masks per group: the worst case of a classification.
+    /// Different masks per group: the worst case of a classification. More than the card holds, so that rules which it has
+    /// no mask for can run in software.
     pub masks: usize,
     /// Matches per group; a rule with port ranges is several.
     pub matches: usize,
@@ -46,12 +47,12 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// 65,536 flows remembered for a minute, 64 masks and 65,536 matches per group, no NP.
+    /// 65,536 flows remembered for a minute, 128 masks and 65,536 matches per group, no NP.
     pub fn new(seed: u128) -> Self {
         Self {
             flows: 1 << 16,
             flow_idle: Duration::from_secs(60),
-            masks: 64,
+            masks: 128,
             matches: 1 << 16,
             offload: FlowOffloadLimits::default(),
             seed,

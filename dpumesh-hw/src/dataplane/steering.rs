@@ -436,6 +436,19 @@ impl FlowSteering for SoftSteering {
                     .field("policy"),
             );
         }
+        let stats = self
+            .engine
+            .stats()
+            .await
+            .map_err(self.gone("steering.set_miss_policy"))?;
+        if !stats.ports.contains_key(&port) {
+            let message = "the dataplane has no such port: attach it first";
+            return Err(
+                Error::new(ErrorKind::NotFound, "steering.set_miss_policy", message)
+                    .backend(self.backend)
+                    .object(port),
+            );
+        }
         self.state().await.store.set_miss_policy(port, policy);
         Ok(())
     }

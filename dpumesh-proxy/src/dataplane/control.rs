@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use dpumesh_core::vf::VfLease;
 use dpumesh_core::{
-    Backend, BackendExt, BackendInfo, Capabilities, Epoch, Error, ErrorKind, EventStream, Fence,
+    Backend, BackendExt, BackendInfo, Capabilities, Epoch, Error, ErrorKind, EventKinds, EventStream, Fence,
     FlowSteering, PortRef, Result,
 };
 use dpumesh_hw::channel::{Attachment, Dataplane};
@@ -76,7 +76,10 @@ impl Dataplane for NodeDataplane {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.card.capabilities()
+        let mut capabilities = self.card.capabilities();
+        // The steering's, of which the card knows nothing.
+        capabilities.events |= EventKinds::AGED;
+        capabilities
     }
 
     fn epoch(&self) -> Epoch {

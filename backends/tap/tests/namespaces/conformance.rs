@@ -20,22 +20,60 @@ use dpumesh_hw::conformance::{
 };
 use dpumesh_hw::netlink::{LinkChange, Netlink, VethEnd, sysctl};
 use dpumesh_hw::netns::Namespace;
+use dpumesh_hw::shm::SocketTransport;
 use dpumesh_tap::device::{PacketOptions, PacketPort};
-use dpumesh_tap::{Mode, Profile, TapBackend, TapOptions, VfKind};
+use dpumesh_tap::{Mode, Profile, TapBackend, TapCard, TapOptions, VfKind};
 
+use crate::steered::Steered;
 use crate::world::join;
 
 const VFS: u16 = 4;
 
 pub(crate) fn tap_vfs_keep_the_contract() {
-    check(VfKind::Tap, Profile::K2Like, "tap");
+    check(VfKind::Tap, Profile::K2Like, Eswitch::None, "tap");
 }
 
 pub(crate) fn veth_vfs_keep_the_contract() {
-    check(VfKind::Veth, Profile::Minimal, "veth");
+    check(VfKind::Veth, Profile::Minimal, Eswitch::None, "veth");
 }
 
-fn check(kind: VfKind, profile: Profile, file: &str) {
+pub(crate) fn steered_unlimited_cards_keep_the_contract() {
+    check(
+        VfKind::Tap,
+        Profile::Unlimited,
+        Eswitch::Dataplane,
+        "tap-steered-unlimited",
+    );
+}
+
+pub(crate) fn steered_k2_like_cards_keep_the_contract() {
+    check(
+        VfKind::Veth,
+        Profile::K2Like,
+        Eswitch::Dataplane,
+        "veth-steered-k2-like",
+    );
+}
+
+pub(crate) fn steered_minimal_cards_keep_the_contract() {
+    check(
+        VfKind::Tap,
+        Profile::Minimal,
+        Eswitch::Dataplane,
+        "tap-steered-minimal",
+    );
+}
+
+/// What steers the card's frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Eswitch {
+    /// Nothing: whoever opens a port has its frames.
+    None,
+    /// The software dataplane.
+    Dataplane,
+}
+
+fn check(kind: VfKind, profile: Profile, eswitch: Eswitch, file: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/namespaces/expected")
         .join(format!("{file}.json"));
@@ -44,6 +82,7 @@ fn check(kind: VfKind, profile: Profile, file: &str) {
     let fixture = TapFixture {
         kind,
         profile,
+        eswitch,
         name: file.to_owned(),
         expected: expected.clone(),
     };
@@ -78,6 +117,7 @@ fn check(kind: VfKind, profile: Profile, file: &str) {
 struct TapFixture {
     kind: VfKind,
     profile: Profile,
+    eswitch: Eswitch,
     name: String,
     expected: Expectations,
 }
@@ -89,7 +129,7 @@ impl Fixture for TapFixture {
     }
 
     async fn open(&self) -> Result<Box<dyn Rig>> {
-        let rig = TapRig::new(self.kind, self.profile)?;
+        let rig = TapRig::new(self.kind, self.profile, self.eswitch)?;
         let host = rig.host();
         host.require_vf()?
             .set_vf_count(host.fence(), PfIndex(0), VFS)
@@ -115,6 +155,8 @@ struct TapRig {
     _fabric: Namespace,
     wire: Namespace,
     sides: Mutex<Sides>,
+    /// The SoC's half, where the dataplane is the eswitch.
+    steered: Option<Arc<Steered>>,
     pods: Mutex<HashMap<PathBuf, Namespace>>,
     pod_number: AtomicU32,
     /// The far ends of ports.
@@ -136,7 +178,7 @@ impl fmt::Debug for TapRig {
 }
 
 impl TapRig {
-    fn new(kind: VfKind, profile: Profile) -> Result<Self> {
+    fn new(kind: VfKind, profile: Profile, eswitch: Eswitch) -> Result<Self> {
         let dir = tempfile::tempdir().map_err(|error| failed(&error))?;
         let [host, soc, fabric, wire] = [(); 4].map(|()| Namespace::create().expect("namespace"));
         join((&soc, "up0"), (&wire, "far0"), 1500);
@@ -147,7 +189,14 @@ impl TapRig {
         options.host_namespace = Some(host.path());
         options.soc_namespace = Some(soc.path());
         options.fabric_namespace = Some(fabric.path());
-        let sides = Mutex::new(Sides::open(&options)?);
+        let sides = Sides::open(&options)?;
+        let steered = (eswitch == Eswitch::Dataplane).then(|| {
+            let limits = profile
+                .capabilities(options.vf_mtu().unwrap_or_default())
+                .steering;
+            Arc::new(Steered::new(Arc::clone(&sides.soc), limits))
+        });
+        let sides = Mutex::new(sides);
         let (pods, taps) = (Mutex::default(), Mutex::default());
         let pod_number = AtomicU32::new(0);
         Ok(Self {
@@ -158,6 +207,7 @@ impl TapRig {
             _fabric: fabric,
             wire,
             sides,
+            steered,
             pods,
             pod_number,
             taps,
@@ -204,9 +254,15 @@ impl Sides {
             role: Role::Soc,
             ..options.clone()
         };
+        let card = TapCard::open(options.clone())?;
+        let folder = options.card.join("channels");
+        let transport = SocketTransport::new(folder, SocketTransport::usual_capabilities())?;
+        let claims = transport.capabilities().clone();
+        let soc = TapBackend::on(card, None, Some(Arc::new(transport)))
+            .with_capabilities(|all| all.transport = claims);
         Ok(Self {
             host,
-            soc: Arc::new(TapBackend::open(options, None, None)?),
+            soc: Arc::new(soc),
         })
     }
 }
@@ -221,11 +277,15 @@ impl Rig for TapRig {
     }
 
     fn soc(&self) -> Arc<dyn Backend> {
-        self.sides().soc
+        match &self.steered {
+            Some(steered) => Arc::clone(steered) as _,
+            None => self.sides().soc,
+        }
     }
 
+    /// A dataplane ends with its card, and a new one knows no rules: that is proven where it runs.
     fn reset(&self) -> Option<&dyn Reset> {
-        Some(self)
+        self.steered.is_none().then_some(self as _)
     }
 
     fn probe(&self) -> Option<&dyn Probe> {
@@ -237,7 +297,7 @@ impl Rig for TapRig {
     }
 
     fn crash(&self) -> Option<&dyn Crash> {
-        Some(self)
+        self.steered.is_none().then_some(self as _)
     }
 
     fn sabotage(&self) -> Option<&dyn Sabotage> {
@@ -268,6 +328,9 @@ impl Reset for TapRig {
 #[async_trait]
 impl Probe for TapRig {
     async fn inject(&self, port: PortRef, octets: &[u8]) -> Result<()> {
+        if let Some(steered) = &self.steered {
+            steered.open_ports().await?;
+        }
         self.with_far_end(port, |far| far.transmit(&mut [Frame::copy_of(octets)]).map(drop))
     }
 

@@ -3,6 +3,7 @@
 mod card;
 mod conformance;
 mod devices;
+mod steered;
 mod uplink;
 mod world;
 
@@ -51,5 +52,8 @@ fn main() -> ExitCode {
         Nobody card::another_card_in_the_directory_is_refused,
         Caller conformance::tap_vfs_keep_the_contract,
         Caller conformance::veth_vfs_keep_the_contract,
+        Caller conformance::steered_unlimited_cards_keep_the_contract,
+        Caller conformance::steered_k2_like_cards_keep_the_contract,
+        Caller conformance::steered_minimal_cards_keep_the_contract,
     ])
 }
