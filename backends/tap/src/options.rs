@@ -41,7 +41,7 @@ pub struct TapOptions {
     #[serde(default)]
     pub soc_namespace: Option<PathBuf>,
     /// Network namespace for the card's ends of veth VFs: best one with nothing else in it, since the kernel's stack sees
-    /// their frames. It must outlive the SoC's processes. `None`: the SoC's.
+    /// their frames. It must outlive the SoC's processes, and both sides must name the same. `None`: the SoC's.
     #[serde(default)]
     pub fabric_namespace: Option<PathBuf>,
     /// What the uplink does to frames.

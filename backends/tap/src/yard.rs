@@ -10,15 +10,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use dpumesh_core::{ErrorKind, PortRef, Result};
-use dpumesh_hw::netlink::{Link, LinkChange, LinkIndex, Netlink, NetlinkError, VethEnd, sysctl};
+use dpumesh_hw::netlink::{Link, LinkChange, LinkIndex, Netlink, NetlinkError};
 use dpumesh_hw::netns::Namespace;
 
 use crate::card::{Attributes, Card, Function, Place, error, namespace_error};
-use crate::device::create_tap;
+use crate::device::{create_pair, create_tap};
 use crate::{TapOptions, VfKind};
-
-/// The card's end of a veth VF takes whatever the VF's end sends: its own MTU limits nothing.
-const FABRIC_MTU: u32 = 65_535;
 
 /// Devices of one card, during one transaction.
 #[derive(Debug)]
@@ -88,24 +85,10 @@ impl<'a> Yard<'a> {
     fn make_pair(&self, name: &str, outer: &str) -> Result<()> {
         let fabric = self.fabric()?;
         self.sweep(fabric, outer)?;
-        let far = VethEnd::new(outer).in_namespace(fabric).mtu(FABRIC_MTU);
-        self.netlink(&self.host)?
-            .create_veth(&VethEnd::new(name), &far)
-            .map_err(|error| self.failed(error))?;
-        // The kernel's stack in the fabric shall stay silent.
-        match sysctl::set(fabric, &format!("ipv6/conf/{outer}/disable_ipv6"), "1") {
-            Err(failed) if !failed.is_missing() => {
-                return Err(error(ErrorKind::Io, self.operation, failed.to_string())
-                    .object(outer)
-                    .source(failed));
-            }
-            _ => {}
-        }
-        let mut netlink = self.netlink(fabric)?;
-        let link = netlink.link(outer).map_err(|error| self.failed(error))?;
-        netlink
-            .change_link(link.index, &LinkChange::new().arp(false).up())
-            .map_err(|error| self.failed(error))
+        create_pair(&self.host, name, fabric, outer).map_err(|mut error| {
+            error.operation = self.operation.into();
+            error
+        })
     }
 
     /// Deletes what a process that died left half made of a VF.

@@ -13,6 +13,7 @@ mod outer;
 mod packet;
 mod tap;
 mod udp;
+mod veth;
 mod virtio;
 
 use dpumesh_core::{Checksum, Error, ErrorKind, Frame, GsoKind, MAX_FRAME, Mtu, PortIoLimits};
@@ -21,6 +22,7 @@ pub(crate) use outer::{Outer, rebuild};
 pub use packet::{PacketOptions, PacketPort};
 pub use tap::{TapPort, create_tap};
 pub use udp::UdpUplink;
+pub use veth::{create_pair, ready_card_end};
 
 /// Octets of an Ethernet header without a VLAN tag.
 const ETHERNET: usize = 14;

@@ -1,8 +1,8 @@
 //! [`PacketPort`]: a packet socket (AF_PACKET) with virtio-net headers on one network device.
 //!
 //! Two uses: the card's end of the veth pair that stands for a VF where `/dev/net/tun` does not open (an unprivileged
-//! user namespace), and the uplink in underlay mode. The device should have no addresses and no neighbours of its own
-//! in that namespace: the kernel's stack sees its frames as well.
+//! user namespace; [`create_pair`](super::create_pair) makes it), and the uplink in underlay mode. The device should have
+//! no addresses and no neighbours of its own in that namespace: the kernel's stack sees its frames as well.
 //!
 //! Frames move in batches, up to [`sys::BATCH`] in one system call. The kernel takes VLAN tags off the frame and
 //! tells them apart; they are put back here. There is no back-pressure: what does not fit into the socket's receive buffer is

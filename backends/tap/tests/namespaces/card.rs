@@ -274,9 +274,9 @@ pub(crate) fn a_port_opens_only_while_both_sides_hold_the_lease() {
     });
 }
 
-pub(crate) fn both_sides_die_and_the_pod_goes_on() {
+fn both_sides_die(kind: VfKind) {
     block_on(async {
-        let mut node = Node::new(VfKind::Tap);
+        let mut node = Node::new(kind);
         node.vfs(2).await;
         let (a, first) = node.pod(1, 1500).await;
         let (_b, second) = node.pod(2, 1500).await;
@@ -300,9 +300,9 @@ pub(crate) fn both_sides_die_and_the_pod_goes_on() {
     });
 }
 
-pub(crate) fn a_vf_that_died_with_its_pod_is_made_anew() {
+fn died_with_its_pod(kind: VfKind) {
     block_on(async {
-        let node = Node::new(VfKind::available());
+        let node = Node::new(kind);
         node.vfs(1).await;
         let clean = node.states().await;
         for reclaimed in [false, true] {
@@ -415,9 +415,9 @@ pub(crate) fn attach_refuses_with_nothing_moved() {
     });
 }
 
-pub(crate) fn a_lost_card_returns_without_leases() {
+fn lost_card(kind: VfKind) {
     block_on(async {
-        let node = Node::new(VfKind::available());
+        let node = Node::new(kind);
         node.vfs(2).await;
         let clean = node.states().await;
         let (mut at_host, mut at_soc) = (node.host.events(), node.soc.events());
@@ -460,9 +460,9 @@ pub(crate) fn a_lost_card_returns_without_leases() {
     });
 }
 
-pub(crate) fn a_hundred_leases_leave_nothing() {
+fn hundred_leases(kind: VfKind) {
     block_on(async {
-        let node = Node::new(VfKind::available());
+        let node = Node::new(kind);
         node.vfs(2).await;
         let clean = node.states().await;
         let mut before = None;
@@ -490,7 +490,7 @@ pub(crate) fn a_hundred_leases_leave_nothing() {
 }
 
 /// Two nodes in underlay mode, a pod on each, the SoCs joined by a link.
-pub(crate) fn pods_of_two_nodes_meet_over_the_underlay() {
+fn underlay(kind: VfKind) {
     block_on(async {
         let impaired = Impairments {
             seed: 7,
@@ -504,7 +504,7 @@ pub(crate) fn pods_of_two_nodes_meet_over_the_underlay() {
         for impairments in [None, Some(impaired)] {
             let nodes = [0, 1].map(|_| {
                 let mode = Mode::Underlay { ifname: "up0".into() };
-                Node::with(VfKind::available(), mode, |options| {
+                Node::with(kind, mode, |options| {
                     options.uplink_mtu = Mtu::ETHERNET;
                     options.impairments = impairments;
                 })
@@ -605,4 +605,44 @@ pub(crate) fn another_card_in_the_directory_is_refused() {
         Arc::new(TapBackend::open(node.options.clone(), None, None).expect("the same"));
     assert!(backend.ports().is_none() && backend.offload().is_none() && backend.steering().is_none());
     assert_eq!(backend.info().role, Role::Host);
+}
+
+pub(crate) fn both_sides_die_and_the_pod_of_a_tap_goes_on() {
+    both_sides_die(VfKind::Tap);
+}
+
+pub(crate) fn both_sides_die_and_the_pod_of_a_veth_goes_on() {
+    both_sides_die(VfKind::Veth);
+}
+
+pub(crate) fn a_tap_that_died_with_its_pod_is_made_anew() {
+    died_with_its_pod(VfKind::Tap);
+}
+
+pub(crate) fn a_veth_that_died_with_its_pod_is_made_anew() {
+    died_with_its_pod(VfKind::Veth);
+}
+
+pub(crate) fn a_lost_card_of_taps_returns_without_leases() {
+    lost_card(VfKind::Tap);
+}
+
+pub(crate) fn a_lost_card_of_veths_returns_without_leases() {
+    lost_card(VfKind::Veth);
+}
+
+pub(crate) fn a_hundred_leases_of_taps_leave_nothing() {
+    hundred_leases(VfKind::Tap);
+}
+
+pub(crate) fn a_hundred_leases_of_veths_leave_nothing() {
+    hundred_leases(VfKind::Veth);
+}
+
+pub(crate) fn pods_with_taps_meet_over_the_underlay() {
+    underlay(VfKind::Tap);
+}
+
+pub(crate) fn pods_with_veths_meet_over_the_underlay() {
+    underlay(VfKind::Veth);
 }

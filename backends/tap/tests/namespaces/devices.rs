@@ -6,9 +6,9 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::Ordering;
 
 use dpumesh_core::{Checksum, ErrorKind, Frame, Mtu, PortIo, PortRef};
-use dpumesh_hw::netlink::Netlink;
+use dpumesh_hw::netlink::{Netlink, VethEnd, sysctl};
 use dpumesh_hw::netns::Namespace;
-use dpumesh_tap::device::{PacketOptions, PacketPort, TapPort, create_tap};
+use dpumesh_tap::device::{PacketOptions, PacketPort, TapPort, create_pair, create_tap, ready_card_end};
 
 use crate::world::{Relay, configure, eventually, join, links, open_descriptors, ping, transfer};
 
@@ -31,7 +31,7 @@ fn tap_pod(number: u16, octets: u16) -> (Namespace, TapPort) {
 fn veth_pod(card: &Namespace, number: u16, octets: u16) -> (Namespace, PacketPort) {
     let pod = Namespace::create().expect("namespace");
     let outer = format!("rep{number}");
-    join((card, &outer), (&pod, "vf"), octets.into());
+    create_pair(&pod, "vf", card, &outer).expect("made");
     let options = PacketOptions { bypass_qdisc: true };
     let port = PacketPort::open(PortRef::vf(number), card, &outer, mtu(octets), options).expect("opened");
     address(&pod, number, octets);
@@ -279,6 +279,93 @@ pub(crate) fn vlan_tags_arrive_in_the_frame() {
     });
 }
 
+/// Also in a namespace that has addresses, forwards, and would answer: all that is the kernel's, not the card's.
+pub(crate) fn a_card_end_is_ready_and_only_the_card_answers() {
+    let card = Namespace::create().expect("namespace");
+    join((&card, "other"), (&card, "rehto"), 1500);
+    configure(&card, "other", 1500, &["10.1.0.9/24", "fd00::9/64"]);
+    for (key, value) in [("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0")] {
+        sysctl::set(&card, key, value).expect("set");
+    }
+    let pod = Namespace::create().expect("namespace");
+    create_pair(&pod, "vf", &card, "rep1").expect("made");
+    sysctl::set(&pod, "ipv6/conf/vf/disable_ipv6", "1").expect("set");
+    configure(&pod, "vf", 1500, &[]);
+    let options = PacketOptions { bypass_qdisc: true };
+    let mut far = PacketPort::open(PortRef::vf(9), &pod, "vf", mtu(1500), options).expect("opened");
+    let mut near = PacketPort::open(PortRef::vf(1), &card, "rep1", mtu(1500), options).expect("opened");
+    let link = |namespace: &Namespace, name: &str| {
+        let mut netlink = Netlink::open_in(namespace).expect("netlink");
+        netlink.link(name).expect("there")
+    };
+    assert!(link(&card, "rep1").carrier && link(&pod, "vf").carrier);
+
+    // Who has 10.1.0.9? And a datagram that the namespace could forward.
+    let own = link(&card, "rep1").mac.expect("Ethernet");
+    let mut request = [[0xff; 6], [2, 0, 0, 0, 0, 1]].concat();
+    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    request.extend([2, 0, 0, 0, 0, 1, 10, 1, 0, 1, 0, 0, 0, 0, 0, 0, 10, 1, 0, 9]);
+    let mut datagram = [own, [2, 0, 0, 0, 0, 1]].concat();
+    datagram.extend([8, 0, 0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0x66, 0xc8]);
+    datagram.extend([10, 1, 0, 1, 10, 1, 0, 7, 0, 53, 0, 53, 0, 8, 0, 0]);
+    let asked = [request, datagram];
+    let mut frames = asked.each_ref().map(|octets| Frame::copy_of(octets));
+    assert_eq!(far.transmit(&mut frames).expect("sent"), 2);
+    let mut seen = Vec::new();
+    eventually("both at the card", || {
+        let mut frames = [Frame::new(), Frame::new()];
+        let count = near.receive(&mut frames).expect("received");
+        seen.extend(frames[..count].iter().map(|frame| frame.octets().to_vec()));
+        seen.len() == 2
+    });
+    assert_eq!(seen, asked);
+
+    // Whatever the kernel had to say to those two came before this.
+    let last = vec![0x55; 60];
+    assert_eq!(near.transmit(&mut [Frame::copy_of(&last)]).expect("sent"), 1);
+    let mut answers = Vec::new();
+    eventually("the last frame", || {
+        let mut frames = [Frame::new(), Frame::new()];
+        let count = far.receive(&mut frames).expect("received");
+        answers.extend(frames[..count].iter().map(|frame| frame.octets().to_vec()));
+        answers.contains(&last)
+    });
+    assert_eq!(answers, [last]);
+    assert_eq!(forwarded(&card), "0");
+}
+
+/// `ForwDatagrams` of a namespace.
+fn forwarded(namespace: &Namespace) -> String {
+    let statistics = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"));
+    let statistics = statistics.expect("entered").expect("read");
+    let mut ip = statistics.lines().filter_map(|line| line.strip_prefix("Ip: "));
+    let (names, numbers) = (ip.next().expect("names"), ip.next().expect("numbers"));
+    let mut columns = names.split(' ').zip(numbers.split(' '));
+    let found = columns.find(|(name, _)| *name == "ForwDatagrams");
+    found.expect("counted").1.to_owned()
+}
+
+/// A process may die between making a pair and making its card's end ready.
+pub(crate) fn a_half_made_pair_is_made_ready() {
+    let (card, pod) = (
+        Namespace::create().expect("namespace"),
+        Namespace::create().expect("namespace"),
+    );
+    let none = ready_card_end(&card, "rep1").expect_err("none");
+    assert_eq!(none.kind, ErrorKind::NotFound);
+    let far = VethEnd::new("rep1").in_namespace(&card);
+    let mut netlink = Netlink::open_in(&pod).expect("netlink");
+    netlink.create_veth(&VethEnd::new("vf"), &far).expect("made");
+    configure(&pod, "vf", 1500, &[]);
+    assert!(!netlink.link("vf").expect("there").carrier);
+    for _ in 0..2 {
+        ready_card_end(&card, "rep1").expect("ready");
+        eventually("carrier", || netlink.link("vf").expect("there").carrier);
+    }
+    let taken = create_pair(&pod, "vf", &card, "rep2").expect_err("taken");
+    assert_eq!(taken.kind, ErrorKind::Exists);
+}
+
 pub(crate) fn a_hundred_devices_leave_nothing() {
     let card = Namespace::create().expect("namespace");
     let before = (links(&card), open_descriptors());
@@ -287,11 +374,7 @@ pub(crate) fn a_hundred_devices_leave_nothing() {
             create_tap(&card, "vf").expect("made");
             drop(TapPort::attach(PortRef::vf(0), &card, "vf", mtu(1500)).expect("attached"));
         } else {
-            let mut netlink = Netlink::open_in(&card).expect("netlink");
-            use dpumesh_hw::netlink::VethEnd;
-            netlink
-                .create_veth(&VethEnd::new("vf"), &VethEnd::new("rep"))
-                .expect("made");
+            create_pair(&card, "vf", &card, "rep").expect("made");
             let options = PacketOptions { bypass_qdisc: true };
             drop(PacketPort::open(PortRef::vf(0), &card, "rep", mtu(1500), options).expect("opened"));
         }
