@@ -26,6 +26,7 @@ use dpumesh_hw::dataplane::{
     Engine, EngineConfig, EngineHandle, FlowOffloadLimits, PortPolicy, SoftSteering,
 };
 use dpumesh_hw::events::EventHub;
+use dpumesh_hw::netns::Namespace;
 use dpumesh_hw::shm::SocketTransport;
 use dpumesh_hw::stream::IngressPort;
 use dpumesh_tap::device::UdpUplink;
@@ -87,6 +88,10 @@ pub struct Args {
     /// Emulator: what stands for a VF; tap needs /dev/net/tun
     #[arg(long, value_enum, default_value_t = VfDevice::Auto)]
     pub vf_device: VfDevice,
+    /// Emulator: network namespace for the card's ends of veth devices, best one with nothing else in it, which must
+    /// outlive this program; that of this program by default
+    #[arg(long, value_name = "PATH")]
+    pub fabric_netns: Option<PathBuf>,
     #[command(flatten)]
     /// Where the network is
     pub uplink: UplinkArgs,
@@ -136,6 +141,17 @@ pub enum VfDevice {
     Tap,
     /// A veth pair.
     Veth,
+}
+
+impl VfDevice {
+    /// What that is on this machine, for this user.
+    pub fn kind(self) -> VfKind {
+        match self {
+            Self::Auto => VfKind::available(),
+            Self::Tap => VfKind::Tap,
+            Self::Veth => VfKind::Veth,
+        }
+    }
 }
 
 /// Where the network is: one of both.
@@ -228,7 +244,12 @@ async fn serve(args: &Args) -> Result<(), Error> {
     let card = Arc::new(open_card(&options, Arc::<SoftSteering>::clone(&steering) as _)?);
     // What leaves the stack may go to another node: it keeps to the network's MTU, whatever pods of one node may do.
     let stack_mtu = options.vf_mtu()?.min(options.uplink_mtu);
-    let stack = stack::open(&args.stack, options.vf_kind, stack_mtu)?;
+    let fabric = match &options.fabric_namespace {
+        Some(path) => Namespace::open(path),
+        None => Namespace::current(),
+    };
+    let fabric = fabric.map_err(|error| Error::Usage(format!("--fabric-netns: {error}")))?;
+    let stack = stack::open(&args.stack, options.vf_kind, &fabric, stack_mtu)?;
     open_port(&engine, stack.port, PortRef::Stack(0), stack.policy).await?;
     open_uplink(&engine, card.as_ref(), &options).await?;
     let dataplane = Arc::new(NodeDataplane::new(card, engine.clone(), steering, events, epoch));
@@ -280,11 +301,8 @@ fn card_options(args: &Args) -> Result<TapOptions, Error> {
     let mut options = TapOptions::new(&args.card, &args.dpu, Role::Soc, mode);
     options.profile = args.profile;
     options.uplink_mtu = args.uplink.uplink_mtu;
-    options.vf_kind = match args.vf_device {
-        VfDevice::Auto => VfKind::available(),
-        VfDevice::Tap => VfKind::Tap,
-        VfDevice::Veth => VfKind::Veth,
-    };
+    options.vf_kind = args.vf_device.kind();
+    options.fabric_namespace.clone_from(&args.fabric_netns);
     Ok(options)
 }
 

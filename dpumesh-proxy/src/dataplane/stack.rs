@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use clap::Args as ClapArgs;
 use dpumesh_core::{MacAddr, Mtu, PortIo, PortRef};
 use dpumesh_hw::dataplane::PortPolicy;
-use dpumesh_hw::netlink::{LinkChange, Netlink, NetlinkError, VethEnd};
+use dpumesh_hw::netlink::{LinkChange, Netlink, NetlinkError};
 use dpumesh_hw::netns::{Namespace, NamespaceError};
 use dpumesh_hw::stream::kernel::{KernelStack, KernelStackConfig, LocalSource};
 use dpumesh_tap::VfKind;
-use dpumesh_tap::device::{PacketOptions, PacketPort, TapPort, create_tap};
+use dpumesh_tap::device::{PacketOptions, PacketPort, TapPort, create_pair, create_tap, ready_card_end};
 
 use super::STACK_GATEWAY;
 
@@ -71,11 +71,16 @@ pub(super) struct Stack {
     pub(super) policy: PortPolicy,
 }
 
-/// Makes the interface if need be, sets up interception, and opens the port.
-pub(super) fn open(args: &StackArgs, kind: VfKind, mtu: Mtu) -> Result<Stack, StackError> {
+/// Makes the interface if need be, sets up interception, and opens the port. The card's end of a veth interface is in
+/// `fabric`.
+pub(super) fn open(
+    args: &StackArgs,
+    kind: VfKind,
+    fabric: &Namespace,
+    mtu: Mtu,
+) -> Result<Stack, StackError> {
     let namespace = Namespace::open(&args.stack_netns)?;
-    let soc = Namespace::current()?;
-    make_interface(&namespace, &soc, kind)?;
+    make_interface(&namespace, fabric, kind)?;
     let mut netlink = Netlink::open_in(&namespace)?;
     let link = netlink.link(INTERFACE)?;
     netlink.change_link(
@@ -88,7 +93,7 @@ pub(super) fn open(args: &StackArgs, kind: VfKind, mtu: Mtu) -> Result<Stack, St
         VfKind::Tap => Box::new(TapPort::attach(port, &namespace, INTERFACE, mtu)?),
         VfKind::Veth => {
             let options = PacketOptions { bypass_qdisc: true };
-            Box::new(PacketPort::open(port, &soc, CARD_END, mtu, options)?)
+            Box::new(PacketPort::open(port, fabric, CARD_END, mtu, options)?)
         }
     };
     let local = LocalSource {
@@ -106,19 +111,18 @@ pub(super) fn open(args: &StackArgs, kind: VfKind, mtu: Mtu) -> Result<Stack, St
     Ok(Stack { port, policy })
 }
 
-fn make_interface(namespace: &Namespace, soc: &Namespace, kind: VfKind) -> Result<(), StackError> {
-    match Netlink::open_in(namespace)?.link(INTERFACE) {
-        Ok(_) => return Ok(()),
-        Err(error) if error.is_missing() => {}
+fn make_interface(namespace: &Namespace, fabric: &Namespace, kind: VfKind) -> Result<(), StackError> {
+    let is_there = match Netlink::open_in(namespace)?.link(INTERFACE) {
+        Ok(_) => true,
+        Err(error) if error.is_missing() => false,
         Err(error) => return Err(error.into()),
-    }
-    match kind {
-        VfKind::Tap => create_tap(namespace, INTERFACE)?,
-        VfKind::Veth => {
-            let stack_end = VethEnd::new(INTERFACE).in_namespace(namespace);
-            let card_end = VethEnd::new(CARD_END);
-            Netlink::open_in(soc)?.create_veth(&card_end, &stack_end)?;
-        }
+    };
+    match (kind, is_there) {
+        (VfKind::Tap, true) => {}
+        (VfKind::Tap, false) => create_tap(namespace, INTERFACE)?,
+        // A dataplane that died may have left it half made.
+        (VfKind::Veth, true) => ready_card_end(fabric, CARD_END)?,
+        (VfKind::Veth, false) => create_pair(namespace, INTERFACE, fabric, CARD_END)?,
     }
     Ok(())
 }
