@@ -392,7 +392,7 @@ fn proxy_killed(world: &mut World) -> Result<String> {
         .kill()?;
     // What the proxy's own connections still have to say is theirs to say; a new one, or one to where only the pod
     // would send, is not.
-    let capture = Capture::start(&world.nodes.all[0].soc, WIRE, |_| true)?;
+    let capture = Capture::start(&world.nodes.all[0].own.soc, WIRE, |_| true)?;
     let server = world.nodes.pod(1, 1).pod.addresses[0];
     let mut refused = 0;
     for port in [HTTP_PORT, TCP_PORT, OWN_PORT] {
@@ -500,7 +500,7 @@ fn dataplane_killed(world: &mut World) -> Result<String> {
 /// Nothing passes while there is no dataplane.
 fn while_down(world: &World, server: IpAddr) -> Result<String> {
     let client = &world.client().namespace;
-    let capture = Capture::start(&world.nodes.all[0].soc, WIRE, |_| true)?;
+    let capture = Capture::start(&world.nodes.all[0].own.soc, WIRE, |_| true)?;
     let udp = SocketAddr::new(server, OPEN_UDP).to_string();
     let datagrams: Answers =
         world.play(client, &["udp-send", &udp, "--count", "3", "--timeout-ms", "100"])?;

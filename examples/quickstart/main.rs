@@ -34,6 +34,7 @@ use dpumesh_examples::measure::Environment;
 use dpumesh_examples::report::{Progress, Report};
 use dpumesh_examples::workload;
 use dpumesh_hw::netns::{ensure_privilege, process};
+use dpumesh_proxy::dataplane::VfDevice;
 use dpumesh_tap::Profile;
 
 use node::{Nodes, Plan, Result};
@@ -58,6 +59,9 @@ struct Args {
     /// What the emulated cards can do: unlimited, k2-like or minimal
     #[arg(long, value_name = "PROFILE", default_value = "k2-like")]
     profile: Profile,
+    /// What stands for a VF; tap needs /dev/net/tun
+    #[arg(long, value_enum, default_value_t = VfDevice::Auto)]
+    vf_device: VfDevice,
     /// Write the results as JSON as well
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -141,6 +145,7 @@ fn play(args: &Args) -> Result<ExitCode> {
         overlay: args.mode == NetworkMode::Overlay,
         pods_per_node: args.pods,
         profile: args.profile,
+        vf_kind: args.vf_device.kind(),
     };
     let nodes = Nodes::start(plan, Arc::clone(&run), |step| progress.step(step))?;
     progress.step("servers in the pods");
@@ -193,7 +198,7 @@ fn explain(nodes: &Nodes) {
         println!(
             "  soc-{}      nsenter {user}--net={} curl 127.0.0.1:15000/clusters",
             node.index + 1,
-            node.soc.path().display()
+            node.own.soc.path().display()
         );
     }
 }

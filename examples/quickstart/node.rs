@@ -6,6 +6,7 @@
 //!                        stack-1          stack-2
 //!   pod ─VF─┘ (the VF's frames go to soc-1's dataplane, whatever namespace the pod is in)
 //! ```
+//! With veth VFs each node has one more namespace, for the card's ends of the pairs: the silicon between VFs and SoC.
 //! All namespaces are anonymous: they live by descriptors of this process and go with it.
 
 use std::fs;
@@ -39,6 +40,7 @@ pub(crate) struct Plan {
     pub(crate) overlay: bool,
     pub(crate) pods_per_node: u16,
     pub(crate) profile: Profile,
+    pub(crate) vf_kind: VfKind,
 }
 
 /// Name of the VF in a pod.
@@ -65,9 +67,7 @@ pub(crate) struct Nodes {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) index: usize,
-    _host: Namespace,
-    pub(crate) soc: Namespace,
-    pub(crate) stack: Namespace,
+    pub(crate) own: Namespaces,
     pub(crate) pods: Vec<RunningPod>,
     pub(crate) dataplane: Process,
     pub(crate) proxy: Option<Process>,
@@ -78,6 +78,27 @@ pub(crate) struct Node {
     credentials: Credentials,
     /// Runs the agent's calls; its threads live in the host's namespace.
     runtime: Runtime,
+}
+
+/// The namespaces of a node, pods' aside.
+#[derive(Debug)]
+pub(crate) struct Namespaces {
+    host: Namespace,
+    pub(crate) soc: Namespace,
+    pub(crate) stack: Namespace,
+    /// For the card's ends of veth devices: it must be empty else, and outlive the dataplane.
+    fabric: Namespace,
+}
+
+impl Namespaces {
+    fn create() -> Result<Self> {
+        Ok(Self {
+            host: Namespace::create()?,
+            soc: Namespace::create()?,
+            stack: Namespace::create()?,
+            fabric: Namespace::create()?,
+        })
+    }
 }
 
 /// A pod with its namespace and lease.
@@ -92,10 +113,8 @@ impl Nodes {
     /// Makes both nodes, their pods and rules, and starts their dataplanes and proxies.
     pub(crate) fn start(plan: Plan, run: Arc<Run>, progress: impl Fn(&str)) -> Result<Self> {
         progress("namespaces and links");
-        let namespaces: Vec<[Namespace; 3]> = (0..2)
-            .map(|_| Ok([Namespace::create()?, Namespace::create()?, Namespace::create()?]))
-            .collect::<Result<_>>()?;
-        let macs = wire(&namespaces[0][1], &namespaces[1][1], plan.overlay)?;
+        let namespaces: Vec<Namespaces> = (0..2).map(|_| Namespaces::create()).collect::<Result<_>>()?;
+        let macs = wire(&namespaces[0].soc, &namespaces[1].soc, plan.overlay)?;
         let network = if plan.overlay {
             Network::Overlay {
                 vteps: (0..2).map(vtep).collect(),
@@ -105,9 +124,9 @@ impl Nodes {
             Network::Underlay { macs }
         };
         let mut all = Vec::new();
-        for (index, [host, soc, stack]) in namespaces.into_iter().enumerate() {
+        for (index, own) in namespaces.into_iter().enumerate() {
             progress(&format!("node {}: card, dataplane and channel", index + 1));
-            all.push(Node::start(index, [host, soc, stack], &plan, &run)?);
+            all.push(Node::start(index, own, &plan, &run)?);
         }
         let mut nodes = Self {
             all,
@@ -166,11 +185,16 @@ impl Nodes {
             .arg("--config-path")
             .arg(&file)
             .arg("--stack-netns")
-            .arg(node.stack.path());
+            .arg(node.own.stack.path());
         command.args(["--concurrency", "1", "--log-level", "warn"]);
-        let mut proxy = Process::start(&self.run, &format!("dpu-proxy-{}", index + 1), &node.soc, command)?;
+        let mut proxy = Process::start(
+            &self.run,
+            &format!("dpu-proxy-{}", index + 1),
+            &node.own.soc,
+            command,
+        )?;
         proxy.wait_for_port(
-            &node.soc,
+            &node.own.soc,
             (Ipv4Addr::LOCALHOST, mesh::ADMIN_PORT).into(),
             PATIENCE,
         )?;
@@ -183,7 +207,7 @@ impl Nodes {
         let plan = self.plan.clone();
         let pods = self.pods();
         let node = &mut self.all[index];
-        node.dataplane = start_dataplane(index, &node.soc, &node.stack, &node.folder, &plan, &self.run)?;
+        node.dataplane = start_dataplane(index, &node.own, &node.folder, &plan, &self.run)?;
         node.client = connect(&node.runtime, index, &node.dpu, &node.credentials)?;
         for running in &node.pods {
             node.attach(running)?;
@@ -193,27 +217,25 @@ impl Nodes {
 }
 
 impl Node {
-    fn start(index: usize, [host, soc, stack]: [Namespace; 3], plan: &Plan, run: &Run) -> Result<Self> {
+    fn start(index: usize, own: Namespaces, plan: &Plan, run: &Run) -> Result<Self> {
         let folder = run.folder().join(format!("node-{}", index + 1));
         fs::create_dir_all(&folder)?;
-        management(index, &host, &soc)?;
+        management(index, &own.host, &own.soc)?;
         let dpu = dpu_name(index);
         let authority = Authority::new(dpu.clone())?;
         authority
             .issue(Party::Dataplane)?
             .write(&folder.join("dataplane-credentials"))?;
         let credentials = authority.issue(Party::Agent)?;
-        let card = open_card(index, &host, &soc, &folder, plan)?;
-        let runtime = host_runtime(&host)?;
+        let card = open_card(index, &own, &folder, plan)?;
+        let runtime = host_runtime(&own.host)?;
         let vfs = plan.pods_per_node + SPARE_VFS;
         runtime.block_on(card.require_vf()?.set_vf_count(card.fence(), PfIndex(0), vfs))?;
-        let dataplane = start_dataplane(index, &soc, &stack, &folder, plan, run)?;
+        let dataplane = start_dataplane(index, &own, &folder, plan, run)?;
         let client = connect(&runtime, index, &dpu, &credentials)?;
         Ok(Self {
             index,
-            _host: host,
-            soc,
-            stack,
+            own,
             pods: Vec::new(),
             dataplane,
             proxy: None,
@@ -410,13 +432,7 @@ fn on(link: LinkIndex, address: IpAddr, length: u8) -> Result<Address> {
     })
 }
 
-fn open_card(
-    index: usize,
-    host: &Namespace,
-    soc: &Namespace,
-    folder: &Path,
-    plan: &Plan,
-) -> Result<TapBackend> {
+fn open_card(index: usize, own: &Namespaces, folder: &Path, plan: &Plan) -> Result<TapBackend> {
     let mut options = TapOptions::new(
         folder.join("card"),
         dpu_name(index).0,
@@ -424,10 +440,9 @@ fn open_card(
         mode(index, plan),
     );
     options.profile = plan.profile;
-    options.vf_kind = VfKind::available();
-    options.host_namespace = Some(host.path());
-    // Veth VFs are made before the SoC's side opens the card, and it looks for their other ends at its own place.
-    options.fabric_namespace = Some(soc.path());
+    options.vf_kind = plan.vf_kind;
+    options.host_namespace = Some(own.host.path());
+    options.fabric_namespace = Some(own.fabric.path());
     Ok(TapBackend::open(options, None, None)?)
 }
 
@@ -470,14 +485,7 @@ fn connect(
     Ok(runtime.block_on(connected)??)
 }
 
-fn start_dataplane(
-    index: usize,
-    soc: &Namespace,
-    stack: &Namespace,
-    folder: &Path,
-    plan: &Plan,
-    run: &Run,
-) -> Result<Process> {
+fn start_dataplane(index: usize, own: &Namespaces, folder: &Path, plan: &Plan, run: &Run) -> Result<Process> {
     let mut command = ourselves("dpu-dataplane");
     command.args([
         "--dpu",
@@ -488,7 +496,9 @@ fn start_dataplane(
         "warn",
     ]);
     command.arg("--card").arg(folder.join("card"));
-    command.arg("--stack-netns").arg(stack.path());
+    command.args(["--vf-device", vf_device(plan.vf_kind)]);
+    command.arg("--fabric-netns").arg(own.fabric.path());
+    command.arg("--stack-netns").arg(own.stack.path());
     command
         .arg("--credentials")
         .arg(folder.join("dataplane-credentials"));
@@ -499,9 +509,17 @@ fn start_dataplane(
         Mode::Overlay { vtep } => command.args(["--vtep", &vtep.to_string()]),
         Mode::Underlay { ifname } => command.args(["--uplink", &ifname]),
     };
-    let mut dataplane = Process::start(run, &format!("dpu-dataplane-{}", index + 1), soc, command)?;
+    let mut dataplane = Process::start(run, &format!("dpu-dataplane-{}", index + 1), &own.soc, command)?;
     dataplane.wait_for_line("ready", PATIENCE)?;
     Ok(dataplane)
+}
+
+/// The dataplane's word for what stands for a VF.
+const fn vf_device(kind: VfKind) -> &'static str {
+    match kind {
+        VfKind::Tap => "tap",
+        VfKind::Veth => "veth",
+    }
 }
 
 /// One of our programs: this executable with its name as first argument.

@@ -189,7 +189,7 @@ fn same_node(world: &mut World) -> Result<String> {
 
 fn across_nodes(world: &mut World) -> Result<String> {
     let overlay = world.nodes.plan.overlay;
-    let capture = Capture::start(&world.nodes.all[0].soc, WIRE, |_| true)?;
+    let capture = Capture::start(&world.nodes.all[0].own.soc, WIRE, |_| true)?;
     let summary = world.get("remote", 200, &[])?;
     let captured = capture.stop()?;
     let (client, server) = (world.client(), world.nodes.pod(1, 1));
@@ -362,7 +362,7 @@ fn no_way_around(world: &mut World) -> Result<String> {
         .proxy
         .take()
         .ok_or("the proxy is not running")?;
-    let capture = Capture::start(&world.nodes.all[0].soc, WIRE, |_| true)?;
+    let capture = Capture::start(&world.nodes.all[0].own.soc, WIRE, |_| true)?;
     proxy.kill()?;
     let mut slowest = 0.0_f64;
     for port in ports {

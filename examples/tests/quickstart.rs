@@ -1,18 +1,21 @@
-//! The quickstart as its users run it: every mode, the faults, killed in the middle, again and again; and
-//! that nothing is left behind.
+//! The quickstart as its users run it: every mode, the faults, without root, killed in the middle, again and again;
+//! and that nothing is left behind.
 //!
 //! The runs have a runtime folder of their own, so that a quickstart of the same user does not stand in their way.
 //! `DPUMESH_CYCLES` (20 by default) says how often a run starts and stops.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dpumesh_hw::netlink::Netlink;
+use dpumesh_hw::netns::testing::skip;
 use serde_json::Value;
 
 /// One run at a time: the machine's cores are few and the scenarios look at the clock.
@@ -20,6 +23,9 @@ static ONE: Mutex<()> = Mutex::new(());
 
 /// A scenario that takes no time.
 const CHEAP: [&str; 3] = ["--no-figures", "--only", "route by header"];
+/// The user id called `nobody` on every distribution, and the kernel's overflow id.
+const NOBODY: u32 = 65534;
+
 #[test]
 fn overlay() {
     let place = Place::new();
@@ -46,6 +52,29 @@ fn faults() {
         report["scenarios"].as_array().is_some_and(|all| all.len() >= 9),
         "{report}"
     );
+    place.check_clean();
+}
+
+/// On veth pairs in a user namespace, also when root runs the tests.
+#[test]
+fn without_root() {
+    let mut place = Place::new();
+    if let Err(reason) = place.give_up_root() {
+        return skip("without_root", &reason);
+    }
+    for (arguments, least) in [
+        (&["--no-figures"][..], 13),
+        (&["--no-figures", "--mode", "underlay"], 13),
+        (&["--faults"], 9),
+    ] {
+        let report = place.report(&[arguments, &["--vf-device", "veth"]].concat());
+        let scenarios = report["scenarios"].as_array();
+        assert!(scenarios.is_some_and(|all| all.len() >= least), "{report}");
+        place.check_clean();
+    }
+    // Whatever this user may open.
+    let run = place.run(&CHEAP);
+    assert!(run.status.success(), "{}", told(&run));
     place.check_clean();
 }
 
@@ -85,7 +114,8 @@ fn many_cycles_leave_nothing() {
     let place = Place::new();
     for cycle in 1..=cycles {
         let mode = if cycle % 2 == 0 { "underlay" } else { "overlay" };
-        let run = place.run(&[&CHEAP[..], &["--mode", mode]].concat());
+        let device = if cycle % 4 < 2 { "auto" } else { "veth" };
+        let run = place.run(&[&CHEAP[..], &["--mode", mode, "--vf-device", device]].concat());
         assert!(run.status.success(), "cycle {cycle} of {cycles}: {}", told(&run));
         place.check_clean();
     }
@@ -96,6 +126,8 @@ struct Place {
     folder: tempfile::TempDir,
     executable: PathBuf,
     before: Network,
+    /// Runs are those of an ordinary user, though the test is root's.
+    as_nobody: bool,
     _one: MutexGuard<'static, ()>,
 }
 
@@ -131,16 +163,44 @@ impl Place {
             folder: tempfile::tempdir().expect("made"),
             executable,
             before: Network::read(),
+            as_nobody: false,
             _one: one,
         }
     }
 
+    /// What is run from here on has the rights of an ordinary user. An error says why that cannot be on this machine.
+    fn give_up_root(&mut self) -> Result<(), String> {
+        if nix::unistd::geteuid().is_root() {
+            match chown(self.folder.path(), Some(NOBODY), Some(NOBODY)) {
+                Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                    return Err(format!("user id {NOBODY} does not exist in this user namespace"));
+                }
+                given => given.expect("given away"),
+            }
+            self.as_nobody = true;
+        }
+        // A scenario that there is not: this looks at the rights, and starts the nodes.
+        let run = self.run(&["--no-figures", "--only", "none"]);
+        let said = String::from_utf8_lossy(&run.stderr);
+        match said.lines().find(|line| line.contains("running without root:")) {
+            Some(reason) => Err(reason.to_owned()),
+            None => Ok(()),
+        }
+    }
+
     fn quickstart(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.executable);
-        command
-            .args(arguments)
-            .env("XDG_RUNTIME_DIR", self.folder.path())
-            .stdin(Stdio::null());
+        let mut command = if self.as_nobody {
+            // Through an open descriptor, since its path may be closed to another user.
+            let executable = fs::File::open(&self.executable).expect("opened");
+            let mut command = Command::new("/proc/self/fd/0");
+            command.stdin(executable).current_dir("/").uid(NOBODY).gid(NOBODY);
+            command
+        } else {
+            let mut command = Command::new(&self.executable);
+            command.stdin(Stdio::null());
+            command
+        };
+        command.args(arguments).env("XDG_RUNTIME_DIR", self.folder.path());
         command
     }
 
