@@ -38,5 +38,10 @@ pub use card::TapCard;
 pub use options::{Mode, TapOptions, VfKind};
 pub use profile::{PROFILES, ParseProfileError, Profile};
 
+/// Compiles the example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// Name of this backend in its errors and in [`dpumesh_core::BackendInfo`].
 pub const NAME: &str = "tap";
