@@ -20,10 +20,12 @@ use crate::wire::{Fragment, Headers, L3, protocol};
 pub(super) struct Acted {
     /// What is known of its headers afterwards.
     headers: HeadersAfter,
-    /// It came out of this tunnel.
+    /// It is out of this tunnel now.
     pub(super) tunnel: Option<Vni>,
-    /// It is in a tunnel now.
-    pub(super) encapsulated: bool,
+    /// It came out of a tunnel, whatever happened to it then.
+    pub(super) decapsulated: bool,
+    /// Octets of outer headers that it has of us now, unless as many as before.
+    pub(super) outer: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,12 +83,14 @@ fn carry_out_each(steps: &[Step], frame: &mut Frame, headers: &Headers) -> Resul
                 let inside = encap::decapsulate(frame, &headers).map_err(|_| DropReason::NotATunnel)?;
                 let inside = inside.ok_or(DropReason::Congestion)?;
                 headers = inside.inner;
-                (acted.encapsulated, acted.tunnel) = (false, Some(inside.vni));
+                (acted.outer, acted.tunnel) = (Some(0), Some(inside.vni));
+                acted.decapsulated = true;
             }
             Step::Encapsulate(outer) => {
-                encapsulate(frame, &headers, outer)?;
+                let before = acted.outer.unwrap_or(0);
+                let pushed = encapsulate(frame, &headers, outer)?;
                 stale = true;
-                (acted.encapsulated, acted.tunnel) = (true, None);
+                (acted.outer, acted.tunnel) = (Some(before + pushed), None);
             }
             Step::Rewrite(field) => {
                 rewrite(*field, frame, &headers)?;
@@ -120,18 +124,19 @@ fn parse(frame: &Frame) -> Result<Headers, DropReason> {
 
 /// Pushes the outer headers. A super-frame is encapsulated as one: its port cuts it behind the headers
 /// ([`dpumesh_core::Gso::header_len`] counts them).
-fn encapsulate(frame: &mut Frame, headers: &Headers, tunnel: &Tunnel) -> Result<(), DropReason> {
+/// Returns how many octets they are.
+fn encapsulate(frame: &mut Frame, headers: &Headers, tunnel: &Tunnel) -> Result<usize, DropReason> {
     let (gso, length) = (frame.gso.take(), frame.len());
     encap::encapsulate(frame, headers, tunnel).map_err(|error| match error {
         NotEncapsulated::NoRoom(_) => DropReason::Headroom,
         NotEncapsulated::Malformed(_) => DropReason::Malformed,
     })?;
-    let pushed = (frame.len() - length) as u16; // less than the headroom
+    let pushed = frame.len() - length; // less than the headroom
     frame.gso = gso.map(|gso| Gso {
-        header_len: gso.header_len.saturating_add(pushed),
+        header_len: gso.header_len.saturating_add(pushed as u16),
         ..gso
     });
-    Ok(())
+    Ok(pushed)
 }
 
 /// Writes source and destination MAC: how a frame is addressed to its next hop.

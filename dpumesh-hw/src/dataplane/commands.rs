@@ -9,7 +9,7 @@ use super::handle::{Command, Readings, RuleChange, RuleReading, RulesChanged};
 use super::key::Tunnels;
 use super::port::{PortIndex, PortPolicy, Ports};
 use super::rules::{CompiledRule, Numbering, Refused, compile};
-use super::stats::EngineStats;
+use super::stats::{EngineStats, PortStats};
 use crate::flow::{RuleCount, RuleIndex, Tick};
 
 impl Engine {
@@ -155,7 +155,10 @@ impl Engine {
         stats.ports = self
             .ports
             .iter()
-            .map(|(_, port)| (port.port, port.stats))
+            .map(|(_, port)| {
+                let open = port.io.is_some();
+                (port.port, PortStats { open, ..port.stats })
+            })
             .collect();
         stats.flows = self.tables.flows() as u64;
         stats.flows_offloaded = u64::from(self.offload.used());

@@ -13,7 +13,7 @@ use super::classify::RuleTables;
 use super::handle::{EngineHandle, Mailbox, pair};
 use super::key::Tunnels;
 use super::offload::{FlowOffload, FlowOffloadLimits};
-use super::port::{PortIndex, Ports};
+use super::port::{ANSWERS_PER_TICK, PortIndex, Ports};
 use super::stages::Batch;
 use super::stats::{DropReason, Tally};
 use super::tx::{FramePool, Transmit};
@@ -67,6 +67,8 @@ pub struct Engine {
     pub(super) epoll: Epoll,
     pub(super) started: Instant,
     pub(super) resorted: Tick,
+    /// The last tick in which there was a turn.
+    pub(super) ticked: Tick,
     pub(super) ports: Ports,
     /// Open ports without a descriptor to wait for.
     pub(super) polled: Vec<PortIndex>,
@@ -109,6 +111,7 @@ impl Engine {
             epoll,
             started: Instant::now(),
             resorted: Tick(0),
+            ticked: Tick(0),
             ports: Ports::default(),
             polled: Vec::new(),
             queued: Vec::new(),
@@ -149,12 +152,12 @@ impl Engine {
                 }
             }
             for event in events[..ready].iter().filter(|event| event.data() != WAKE) {
-                self.take(PortIndex(event.data() as u16), now);
+                self.serve(PortIndex(event.data() as u16), now);
             }
             for at in 0..self.polled.len() {
                 // A port that fails while it is read leaves the list.
                 if let Some(port) = self.polled.get(at) {
-                    self.take(*port, now);
+                    self.serve(*port, now);
                 }
             }
             self.flush();
@@ -168,7 +171,7 @@ impl Engine {
     pub fn turn(&mut self) -> usize {
         let now = self.now();
         self.commands(now);
-        let frames = self.ports.indices().map(|port| self.take(port, now)).sum();
+        let frames = self.ports.indices().map(|port| self.serve(port, now)).sum();
         self.flush();
         self.housekeeping(now);
         frames
@@ -176,6 +179,14 @@ impl Engine {
 
     fn now(&self) -> Tick {
         Tick((self.started.elapsed().as_millis() / TICK.as_millis()) as u32) // wraps after 13 years
+    }
+
+    /// One batch of a port; returns how many frames came in.
+    fn serve(&mut self, port: PortIndex, now: Tick) -> usize {
+        if self.pool.is_used_up() {
+            self.flush();
+        }
+        self.take(port, now)
     }
 
     /// tx: everything queued in this turn.
@@ -206,6 +217,12 @@ impl Engine {
     }
 
     fn housekeeping(&mut self, now: Tick) {
+        if now != self.ticked {
+            self.ticked = now;
+            for index in self.ports.indices() {
+                self.ports.get_mut(index).answers_left = ANSWERS_PER_TICK;
+            }
+        }
         let offload = &mut self.offload;
         self.tables.age(now, || offload.gone());
         if now.since(self.resorted) >= 100 {

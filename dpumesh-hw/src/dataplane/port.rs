@@ -19,6 +19,10 @@ pub(super) struct PortIndex(pub(super) u16);
 /// Ports that one engine can number: what fits a [`crate::flow::Zone`] beside the tunnel bits.
 pub(super) const MAX_PORTS: usize = 1 << super::key::PORT_BITS;
 
+/// Frames of our own (ICMP errors, resets, ARP and ND answers) per port and tick: nobody can make the dataplane a source
+/// of floods (RFC 4443 §2.4(f), RFC 1812 §4.3.2.8).
+pub(super) const ANSWERS_PER_TICK: u32 = 128;
+
 /// What may come in by a port, and how the dataplane speaks there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortPolicy {
@@ -62,6 +66,8 @@ pub(super) struct Port {
     /// The queue holds segments from the network that may be joined.
     pub(super) coalesce: bool,
     pub(super) stats: PortStats,
+    /// Frames of our own that may still be sent there in this tick.
+    pub(super) answers_left: u32,
 }
 
 impl Port {
@@ -103,6 +109,7 @@ impl Ports {
             queue: Vec::new(),
             coalesce: false,
             stats: PortStats::default(),
+            answers_left: ANSWERS_PER_TICK,
         });
         self.by_ref.insert(port, index);
         Some(index)

@@ -57,6 +57,17 @@ struct Standing {
     found: Option<Slot>,
 }
 
+/// What is needed to tell a sender that its packet is too big for the way.
+#[derive(Clone, Copy, Debug)]
+struct WayBack {
+    /// Source and destination MAC as the frame came in with them.
+    macs: (MacAddr, MacAddr),
+    /// Octets of outer headers in front, which are ours and not the sender's.
+    outer: usize,
+    /// The frame came out of a tunnel: its sender is not on the ingress port's link.
+    tunnelled: bool,
+}
+
 impl Engine {
     /// rx: one batch of a port, run to completion. Returns how many frames came in.
     pub(super) fn take(&mut self, port: PortIndex, now: Tick) -> usize {
@@ -115,7 +126,7 @@ impl Engine {
         let policy = self.ports.get(port).policy.as_ref();
         let mut reply = self.pool.take();
         let answered = neighbour::answer(policy, frame, headers, &self.ports, &mut reply);
-        if answered {
+        if answered && self.may_answer(port) {
             self.tally.totals.neighbours_answered += 1;
             self.enqueue(port, port, &mut reply);
         } else {
@@ -172,28 +183,26 @@ impl Engine {
         now: Tick,
     ) -> Result<(), DropReason> {
         let (mut headers, mut changed) = (headers, None);
+        let mut back = WayBack {
+            macs: (headers.eth_src, headers.eth_dst),
+            outer: 0,
+            tunnelled: false,
+        };
         for _ in 0..MAX_PASSES {
-            let length = frame.len();
             let load = Load {
                 packets: packets_of(frame),
-                octets: length as u64,
+                octets: frame.len() as u64,
                 now,
             };
             let rule = self.rule_for(&standing, headers, frame.mark, load)?;
             let rule = self.tables.rule(rule);
             let verdict = rule.verdict;
             let acted = act::carry_out(&rule.steps, frame, headers)?;
+            back.outer = acted.outer.unwrap_or(back.outer);
+            back.tunnelled |= acted.decapsulated;
             let next = match verdict {
                 Verdict::Drop => return Err(DropReason::Rule),
-                Verdict::Forward(egress) => {
-                    let outer = if acted.encapsulated {
-                        frame.len() - length
-                    } else {
-                        0
-                    };
-                    let sender = (headers.eth_src, headers.eth_dst);
-                    return self.forward(ingress, egress, frame, outer, sender);
-                }
+                Verdict::Forward(egress) => return self.forward(ingress, egress, frame, back),
                 Verdict::Punt => return self.punt(ingress, frame),
                 Verdict::Jump(next) => next,
             };
@@ -251,7 +260,7 @@ impl Engine {
         group: Group,
     ) -> Result<Standing, DropReason> {
         let Some(vni) = acted.tunnel else {
-            let tunnel = if acted.encapsulated { 0 } else { tunnel };
+            let tunnel = if acted.outer.is_some() { 0 } else { tunnel };
             let key = flow_key(headers, zone(ingress, tunnel));
             return Ok(Standing {
                 group,
@@ -318,22 +327,32 @@ impl Engine {
     fn reset(&mut self, ingress: PortIndex, frame: &Frame) {
         let mut reply = self.pool.take();
         let headers = Headers::parse(frame.octets());
-        if headers.is_ok_and(|headers| answer::reset(frame, &headers, &mut reply).is_ok()) {
+        let made = headers.is_ok_and(|headers| answer::reset(frame, &headers, &mut reply).is_ok());
+        if made && self.may_answer(ingress) {
             self.tally.totals.resets_sent += 1;
             self.enqueue(ingress, ingress, &mut reply);
         }
         self.pool.give(reply);
     }
 
-    /// The frame leaves by a port, unless it is too long for it: then its sender is told. `sender` are source and
-    /// destination MAC as they were before any rule rewrote them: the way back.
+    /// Whether one more frame of our own may go out by a port in this tick.
+    fn may_answer(&mut self, port: PortIndex) -> bool {
+        let left = &mut self.ports.get_mut(port).answers_left;
+        if *left == 0 {
+            self.tally.totals.answers_withheld += 1;
+            return false;
+        }
+        *left -= 1;
+        true
+    }
+
+    /// The frame leaves by a port, unless it is too long for it: then its sender is told, if it can be.
     fn forward(
         &mut self,
         ingress: PortIndex,
         egress: PortIndex,
         frame: &mut Frame,
-        outer: usize,
-        sender: (MacAddr, MacAddr),
+        back: WayBack,
     ) -> Result<(), DropReason> {
         let port = self.ports.get(egress);
         if port.io.is_none() {
@@ -344,9 +363,12 @@ impl Engine {
             self.enqueue(ingress, egress, frame);
             return Ok(());
         }
+        if back.tunnelled {
+            return Err(DropReason::Mtu);
+        }
         let mut reply = self.pool.take();
-        if tx::too_big(frame, outer, mtu, &mut reply) {
-            set_macs(&mut reply, sender.0.0, sender.1.0);
+        if tx::too_big(frame, back.outer, mtu, &mut reply) && self.may_answer(ingress) {
+            set_macs(&mut reply, back.macs.0.0, back.macs.1.0);
             self.tally.totals.too_big_sent += 1;
             self.enqueue(ingress, ingress, &mut reply);
         }

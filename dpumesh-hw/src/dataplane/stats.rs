@@ -44,7 +44,8 @@ drop_reasons! {
     Rule = "rule",
     /// TTL or hop limit ran out.
     Ttl = "ttl",
-    /// Too long for the egress port; the sender was told.
+    /// Too long for the egress port. The sender is told, unless it may not be (IPv4 without DF, an ICMP error) or is at the
+    /// other end of a tunnel.
     Mtu = "mtu",
     /// `Decapsulate` met something that is no such tunnel packet.
     NotATunnel = "not_a_tunnel",
@@ -90,6 +91,8 @@ pub struct EngineStats {
     pub flows_offloaded: u64,
     /// Flows that it refused because it was full.
     pub offloads_refused: u64,
+    /// Answers of these kinds that were not sent, because a port had its share of them for the moment.
+    pub answers_withheld: u64,
     /// TCP segments that were joined to super-frames.
     pub coalesced: u64,
     /// Frames whose flow the network processor held.
@@ -100,6 +103,8 @@ pub struct EngineStats {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PortStats {
+    /// Its frames are read and written. A port that fails is closed.
+    pub open: bool,
     /// Frames received.
     pub rx_frames: u64,
     /// Their octets, Ethernet header included.

@@ -19,6 +19,8 @@ const KEPT: usize = 512;
 #[derive(Debug, Default)]
 pub(super) struct FramePool {
     free: Vec<Frame>,
+    /// Frames there are, free or in use.
+    made: usize,
     /// An empty list, kept for its memory.
     finished: Vec<Frame>,
 }
@@ -26,14 +28,25 @@ pub(super) struct FramePool {
 impl FramePool {
     #[inline]
     pub(super) fn take(&mut self) -> Frame {
-        self.free.pop().unwrap_or_default()
+        self.free.pop().unwrap_or_else(|| {
+            self.made += 1;
+            Frame::default()
+        })
     }
 
     #[inline]
     pub(super) fn give(&mut self, frame: Frame) {
         if self.free.len() < KEPT {
             self.free.push(frame);
+        } else {
+            self.made = self.made.saturating_sub(1);
         }
+    }
+
+    /// The next frames would have to be made: what is queued should go first.
+    #[inline]
+    pub(super) fn is_used_up(&self) -> bool {
+        self.made >= KEPT && self.free.len() < super::engine::BATCH
     }
 
     pub(super) fn give_all(&mut self, frames: &mut Vec<Frame>) {

@@ -1,5 +1,6 @@
 //! [`NodeDataplane`]: what the channel's calls do here.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use dpumesh_hw::channel::{Attachment, Dataplane};
 use dpumesh_hw::dataplane::{EngineGone, EngineHandle, EngineStats, PortPolicy, SoftSteering};
 use dpumesh_hw::events::EventHub;
 use dpumesh_hw::stream::IngressPort;
+use tokio::sync::Mutex;
 
 /// The dataplane of one card: its backend, its engine and the steering over it.
 ///
@@ -24,6 +26,8 @@ pub struct NodeDataplane {
     steering: Arc<SoftSteering>,
     events: Arc<EventHub>,
     epoch: Epoch,
+    /// What is attached to each port. Held while a port changes hands, so that calls about one port do not mix.
+    attached: Mutex<HashMap<PortRef, Attachment>>,
 }
 
 impl NodeDataplane {
@@ -41,6 +45,7 @@ impl NodeDataplane {
             steering,
             events,
             epoch,
+            attached: Mutex::default(),
         }
     }
 
@@ -67,6 +72,27 @@ impl NodeDataplane {
         self.engine.set_policy(port, None).await.map_err(gone)?;
         self.engine.close_port(port).await.map_err(gone)
     }
+
+    /// Gives the engine the port's frames. The policy is in force before the first of them.
+    async fn open(&self, port: PortRef, policy: PortPolicy) -> Result<()> {
+        let conflict = |kind, message| Error::new(kind, "channel.attach", message).object(port);
+        if !self.engine.set_policy(port, Some(policy)).await.map_err(gone)? {
+            let message =
+                "one of the addresses is another local pod's, or the dataplane has no room for one more port";
+            return Err(conflict(ErrorKind::Conflict, message).field("addresses"));
+        }
+        let io = self.card.require_ports()?.open(self.card.fence(), port).await?;
+        if !self.engine.open_port(io).await.map_err(gone)? {
+            let message = "the kernel has no room to wait for one more port: see fs.epoll.max_user_watches";
+            return Err(conflict(ErrorKind::CapacityExceeded, message));
+        }
+        Ok(())
+    }
+
+    async fn is_open(&self, port: PortRef) -> Result<bool> {
+        let stats = self.engine.stats().await.map_err(gone)?;
+        Ok(stats.ports.get(&port).is_some_and(|port| port.open))
+    }
 }
 
 #[async_trait]
@@ -92,33 +118,35 @@ impl Dataplane for NodeDataplane {
 
     async fn attach(&self, fence: Fence, attachment: &Attachment) -> Result<()> {
         self.check(fence, "channel.attach")?;
-        let fence = self.card.fence();
         let policy = policy(attachment)?;
         let port = attachment.lease.port;
-        self.card.require_vf()?.admit(fence, &attachment.lease).await?;
-        // Closed first: a port has one reader, and the policy must be in force before the first frame.
-        self.close(port).await?;
-        if !self.engine.set_policy(port, Some(policy)).await.map_err(gone)? {
-            let message =
-                "one of the addresses is another local pod's, or the dataplane has no room for one more port";
-            return Err(Error::new(ErrorKind::Conflict, "channel.attach", message)
-                .object(port)
-                .field("addresses"));
+        let mut attached = self.attached.lock().await;
+        // Replayed by an agent that reconnected: the pod's link does not flap for that.
+        if attached.get(&port) == Some(attachment) && self.is_open(port).await? {
+            return Ok(());
         }
-        let io = match self.card.require_ports()?.open(fence, port).await {
-            Ok(io) => io,
-            Err(error) => {
-                self.close(port).await?;
-                return Err(error);
-            }
-        };
-        self.engine.open_port(io).await.map_err(gone)?;
+        let vf = self.card.require_vf()?;
+        vf.admit(self.card.fence(), &attachment.lease).await?;
+        // A port has one reader.
+        attached.remove(&port);
+        self.close(port).await?;
+        if let Err(error) = self.open(port, policy).await {
+            self.close(port).await?;
+            return Err(error);
+        }
+        attached.insert(port, attachment.clone());
         Ok(())
     }
 
+    /// Of a lease that is not the one attached, only the lease is revoked: the port is another pod's by now.
     async fn detach(&self, fence: Fence, lease: &VfLease) -> Result<()> {
         self.check(fence, "channel.detach")?;
-        self.close(lease.port).await?;
+        let mut attached = self.attached.lock().await;
+        let current = attached.get(&lease.port);
+        if current.is_none_or(|current| current.lease == *lease) {
+            attached.remove(&lease.port);
+            self.close(lease.port).await?;
+        }
         self.card.require_vf()?.revoke(self.card.fence(), lease).await
     }
 

@@ -15,12 +15,14 @@ mod stack;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, ValueEnum};
-use dpumesh_core::{Backend, BackendExt, Epoch, FlowSteering, MacAddr, Mtu, PortRef, Role};
+use dpumesh_core::{
+    Backend, BackendExt, Epoch, Event, EventStream, FlowSteering, MacAddr, Mtu, PortRef, Role,
+};
 use dpumesh_hw::channel::trust::Credentials;
 use dpumesh_hw::dataplane::{
     Engine, EngineConfig, EngineHandle, FlowOffloadLimits, PortPolicy, SoftSteering,
@@ -33,6 +35,7 @@ use dpumesh_tap::device::UdpUplink;
 use dpumesh_tap::{Mode, Profile, TapBackend, TapCard, TapOptions, VfKind};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 pub use control::NodeDataplane;
 pub use stack::StackArgs;
@@ -43,6 +46,9 @@ const EVENTS: usize = 256;
 const CHANNELS: &str = "channels";
 /// How often rules are aged.
 const MAINTENANCE: Duration = Duration::from_secs(1);
+/// File in a card's directory: the number of the dataplane's last life.
+const LIFE: &str = "dataplane-life";
+const UPLINK: PortRef = PortRef::Uplink(0);
 
 /// The forwarding engine of a DPU's SoC
 #[derive(Debug, Clone, Parser)]
@@ -200,6 +206,9 @@ pub enum Error {
         /// Why it failed.
         error: io::Error,
     },
+    /// The card went away.
+    #[error("the card is lost: start again once it is back, and the agent replays leases and rules")]
+    CardLost,
     /// The engine's thread is gone.
     #[error("the engine has stopped")]
     Engine,
@@ -232,8 +241,9 @@ async fn serve(args: &Args) -> Result<(), Error> {
     let options = card_options(args)?;
     let capabilities = options.profile.capabilities(options.vf_mtu()?);
     let events = Arc::new(EventHub::new(EVENTS));
-    let (engine, worker) = start_engine(args, &capabilities)?;
-    let epoch = life();
+    let (engine, worker, ended) = start_engine(args, &capabilities)?;
+    let card = TapCard::open(options.clone())?;
+    let epoch = life(&options.card)?;
     let steering = Arc::new(SoftSteering::new(
         dpumesh_tap::NAME,
         engine.clone(),
@@ -241,7 +251,7 @@ async fn serve(args: &Args) -> Result<(), Error> {
         epoch,
         Arc::clone(&events),
     ));
-    let card = Arc::new(open_card(&options, Arc::<SoftSteering>::clone(&steering) as _)?);
+    let card = Arc::new(equip(card, &options, Arc::<SoftSteering>::clone(&steering) as _)?);
     // What leaves the stack may go to another node: it keeps to the network's MTU, whatever pods of one node may do.
     let stack_mtu = options.vf_mtu()?.min(options.uplink_mtu);
     let fabric = match &options.fabric_namespace {
@@ -252,8 +262,15 @@ async fn serve(args: &Args) -> Result<(), Error> {
     let stack = stack::open(&args.stack, options.vf_kind, &fabric, stack_mtu)?;
     open_port(&engine, stack.port, PortRef::Stack(0), stack.policy).await?;
     open_uplink(&engine, card.as_ref(), &options).await?;
-    let dataplane = Arc::new(NodeDataplane::new(card, engine.clone(), steering, events, epoch));
-    let maintenance = tokio::spawn(maintain(Arc::clone(&dataplane)));
+    let mut lost = std::pin::pin!(until_lost(card.events(), Arc::clone(&events)));
+    let dataplane = Arc::new(NodeDataplane::new(
+        Arc::<TapBackend>::clone(&card),
+        engine.clone(),
+        steering,
+        events,
+        epoch,
+    ));
+    let maintenance = tokio::spawn(maintain(Arc::clone(&dataplane), engine.clone(), card, options));
     let listener = TcpListener::bind(args.listen)
         .await
         .map_err(io_error(format!("listen on {}", args.listen)))?;
@@ -261,10 +278,16 @@ async fn serve(args: &Args) -> Result<(), Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("wait for SIGINT"))?;
     println!("ready");
     tracing::info!(listen = %args.listen, dpu = %args.dpu, epoch = epoch.0, "dataplane is ready");
+    let mut card_lost = false;
     let shutdown = async {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            _ = ended => tracing::error!("the engine has stopped"),
+            () = &mut lost => {
+                tracing::error!("the card is lost, and with it leases and ports");
+                card_lost = true;
+            }
         }
     };
     let served = dpumesh_hw::channel::serve(listener, &credentials, dataplane, shutdown).await;
@@ -273,16 +296,41 @@ async fn serve(args: &Args) -> Result<(), Error> {
     let stopped = tokio::task::spawn_blocking(move || worker.join()).await;
     served?;
     match stopped {
+        Ok(Ok(Ok(()))) if card_lost => Err(Error::CardLost),
         Ok(Ok(Ok(()))) => Ok(()),
         Ok(Ok(Err(error))) => Err(io_error("wait for frames")(error.into())),
         _ => Err(Error::Engine),
     }
 }
 
-/// A number for this life of the dataplane that is larger than those of its former lives: milliseconds since 1970.
-fn life() -> Epoch {
+/// Passes the card's events on, until the card is lost: a card that returns knows no lease and no port, as after a start
+/// of this program, so that is how it is dealt with.
+async fn until_lost(mut card: Box<dyn EventStream>, events: Arc<EventHub>) {
+    while let Some(event) = card.next().await {
+        if matches!(event, Event::Lost { .. }) {
+            return;
+        }
+        events.raise(&event);
+    }
+}
+
+/// A number for this life of the dataplane that is larger than those of its former lives: milliseconds since 1970, or one
+/// more than the last where the clock stands or was set back. The last one is in a file of the card's directory.
+fn life(card: &Path) -> Result<Epoch, Error> {
+    let file = card.join(LIFE);
+    let last = match std::fs::read_to_string(&file) {
+        Ok(text) => text.trim().parse().unwrap_or(0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(io_error(format!("read {}", file.display()))(error)),
+    };
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    Epoch(since.map_or(1, |since| since.as_millis() as u64)) // fits for 500 million years
+    let now = since.map_or(0, |since| since.as_millis() as u64); // fits for 500 million years
+    let life = now.max(last + 1);
+    let new = card.join(format!("{LIFE}.new"));
+    std::fs::write(&new, life.to_string())
+        .and_then(|()| std::fs::rename(&new, &file))
+        .map_err(io_error(format!("write {}", file.display())))?;
+    Ok(Epoch(life))
 }
 
 fn card_options(args: &Args) -> Result<TapOptions, Error> {
@@ -307,8 +355,7 @@ fn card_options(args: &Args) -> Result<TapOptions, Error> {
 }
 
 /// The card, with the engine for its eswitch and channels in a folder of its directory.
-fn open_card(options: &TapOptions, steering: Arc<dyn FlowSteering>) -> Result<TapBackend, Error> {
-    let card = TapCard::open(options.clone())?;
+fn equip(card: TapCard, options: &TapOptions, steering: Arc<dyn FlowSteering>) -> Result<TapBackend, Error> {
     let transport = SocketTransport::new(options.card.join(CHANNELS), SocketTransport::usual_capabilities())?;
     let claims = transport.capabilities().clone();
     Ok(TapBackend::on(card, Some(steering), Some(Arc::new(transport)))
@@ -317,10 +364,11 @@ fn open_card(options: &TapOptions, steering: Arc<dyn FlowSteering>) -> Result<Ta
 
 type Worker = std::thread::JoinHandle<nix::Result<()>>;
 
+/// The receiver ends when the engine's thread does, for whatever reason.
 fn start_engine(
     args: &Args,
     capabilities: &dpumesh_core::Capabilities,
-) -> Result<(EngineHandle, Worker), Error> {
+) -> Result<(EngineHandle, Worker, oneshot::Receiver<()>), Error> {
     let mut config = EngineConfig::new(random_seed()?);
     config.flows = args.flows;
     let np = u32::try_from(capabilities.offload.connections).unwrap_or(u32::MAX);
@@ -329,10 +377,15 @@ fn start_engine(
         ..FlowOffloadLimits::default()
     };
     let (engine, handle) = Engine::new(&config).map_err(|errno| io_error("make the engine")(errno.into()))?;
+    let (running, ended) = oneshot::channel::<()>();
     let worker = std::thread::Builder::new()
         .name("engine".to_owned())
-        .spawn(move || engine.run());
-    Ok((handle, worker.map_err(io_error("start the engine's thread"))?))
+        .spawn(move || {
+            let _running = running; // dropped with the thread, also when it panics
+            engine.run()
+        });
+    let worker = worker.map_err(io_error("start the engine's thread"))?;
+    Ok((handle, worker, ended))
 }
 
 /// Seed of the hash tables: nobody outside may guess it.
@@ -345,9 +398,8 @@ fn random_seed() -> Result<u128, Error> {
 }
 
 async fn open_uplink(engine: &EngineHandle, card: &dyn Backend, options: &TapOptions) -> Result<(), Error> {
-    let port = PortRef::Uplink(0);
     let ports = card.require_ports()?;
-    let info = ports.list().await?.into_iter().find(|info| info.port == port);
+    let info = ports.list().await?.into_iter().find(|info| info.port == UPLINK);
     let mac = match (&options.mode, info.and_then(|info| info.mac)) {
         (Mode::Overlay { vtep }, _) => UdpUplink::mac_of(*vtep),
         (Mode::Underlay { .. }, Some(mac)) => mac,
@@ -357,12 +409,12 @@ async fn open_uplink(engine: &EngineHandle, card: &dyn Backend, options: &TapOpt
             )));
         }
     };
-    let io = ports.open(card.fence(), port).await?;
+    let io = ports.open(card.fence(), UPLINK).await?;
     let policy = PortPolicy::Uplink {
         mac,
         ingress: uplink_ingress(),
     };
-    open_port(engine, io, port, policy).await
+    open_port(engine, io, UPLINK, policy).await
 }
 
 /// Number by which the proxy knows the uplink; agents number pods from 1.
@@ -388,12 +440,26 @@ async fn open_port(
     }
 }
 
-async fn maintain(dataplane: Arc<NodeDataplane>) {
+/// Ages rules, and opens the uplink again after its device failed or was made anew.
+async fn maintain(
+    dataplane: Arc<NodeDataplane>,
+    engine: EngineHandle,
+    card: Arc<TapBackend>,
+    options: TapOptions,
+) {
     let mut tick = tokio::time::interval(MAINTENANCE);
     loop {
         tick.tick().await;
         if dataplane.maintain().await.is_err() {
-            return; // the engine is gone, and with it the program
+            return; // the engine has ended, and that ends the program
+        }
+        let Ok(stats) = engine.stats().await else { return };
+        if stats.ports.get(&UPLINK).is_some_and(|uplink| uplink.open) {
+            continue;
+        }
+        match open_uplink(&engine, card.as_ref(), &options).await {
+            Ok(()) => tracing::warn!("the uplink was closed and is open again"),
+            Err(error) => tracing::warn!(%error, "the uplink is closed: no traffic with other nodes"),
         }
     }
 }

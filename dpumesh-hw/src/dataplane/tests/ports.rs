@@ -390,6 +390,86 @@ fn who_sends_too_much_is_told_at_its_own_mac() {
     check_books(&bench.stats());
 }
 
+/// What was encapsulated in an earlier group still has the sender's own packet behind the outer headers.
+#[test]
+fn who_sends_too_much_is_told_of_its_own_packet_after_a_jump_as_well() {
+    let mut bench = plain();
+    let encapsulate = vec![Action::Encapsulate(tunnel()), Action::Jump(Group(1))];
+    bench.rule(1, from(PortRef::vf(0)), encapsulate);
+    bench.rule_in(
+        Group(1),
+        1,
+        Pattern::default(),
+        vec![Action::Forward(PortRef::Uplink(0))],
+    );
+    let mut long = segment(POD, A, REMOTE, (1, 2), 1500);
+    long.gso = None;
+    bench.send(PortRef::vf(0), long);
+    let told = bench.sent(PortRef::vf(0)).pop().expect("told");
+    let headers = sound(&told);
+    assert_eq!(
+        (headers.eth_dst, headers.destination()),
+        (POD, A.parse().expect("an address"))
+    );
+    assert_eq!((headers.icmp_type, headers.icmp_code), (3, 4));
+}
+
+/// A relay between tunnels: taken out of one, put into another, too long for the way. Its sender is beyond the first
+/// tunnel, where no message of ours gets.
+#[test]
+fn what_is_relayed_between_tunnels_and_too_long_is_dropped_without_a_word() {
+    let mut near = plain();
+    near.rule(
+        1,
+        from(PortRef::vf(0)),
+        vec![Action::Encapsulate(tunnel()), Action::Forward(PortRef::Uplink(0))],
+    );
+    let mut long = segment(POD, A, REMOTE, (1, 2), 1300);
+    long.gso = None;
+    near.send(PortRef::vf(0), long);
+    let wrapped = near.sent(PortRef::Uplink(0)).pop().expect("forwarded");
+
+    let mut relay = plain();
+    relay.admit(PortRef::vf(0), None); // its address is not local there
+    relay.rule(
+        1,
+        from(PortRef::Uplink(0)),
+        vec![
+            Action::Decapsulate(TunnelKind::Vxlan),
+            Action::Encapsulate(tunnel()),
+            Action::Forward(PortRef::vf(1)),
+        ],
+    );
+    relay.send(PortRef::Uplink(0), wrapped.clone());
+    assert_eq!(relay.sent(PortRef::vf(1)).len(), 1, "it fits");
+    relay.open(Queues::new(PortRef::vf(1), 1280), vf(OTHER_POD, &[B], 2));
+    relay.send(PortRef::Uplink(0), wrapped);
+    assert!(relay.sent(PortRef::vf(1)).is_empty() && relay.sent(PortRef::Uplink(0)).is_empty());
+    assert_eq!(
+        (relay.dropped(DropReason::Mtu), relay.stats().too_big_sent),
+        (1, 0)
+    );
+}
+
+#[test]
+fn a_flood_of_what_must_be_answered_is_answered_in_part() {
+    let mut bench = plain();
+    bench.rule(1, tcp(), vec![Action::Punt]);
+    let handle = bench.handle.clone();
+    bench
+        .wait(async move { handle.close_port(PortRef::Stack(0)).await })
+        .expect("engine");
+    for port in 0..1000 {
+        bench.send(PortRef::vf(0), segment(POD, A, B, (port, 80), 0));
+    }
+    let stats = bench.stats();
+    assert_eq!(stats.resets_sent + stats.answers_withheld, 1000);
+    assert!(
+        stats.resets_sent >= 128 && stats.answers_withheld > 0,
+        "{stats:?}"
+    );
+}
+
 #[test]
 fn one_tunnel_in_two_groups_is_never_mixed_up() {
     // The same inner flow, told apart only by the outer header: the table of flows must not confuse the groups.
