@@ -183,3 +183,127 @@ fn policy(attachment: &Attachment) -> Result<PortPolicy> {
 fn gone(gone: EngineGone) -> Error {
     Error::new(ErrorKind::DeviceLost, "dataplane", "the engine has stopped").source(gone)
 }
+
+#[cfg(test)]
+mod tests {
+    use dpumesh_core::vf::{ResetLevel, VfRequest};
+    use dpumesh_core::{MacAddr, PfIndex};
+    use dpumesh_hw::dataplane::{Engine, EngineConfig, software_capabilities};
+    use dpumesh_hw::memory::{self, MemoryBackend, MemoryCard};
+
+    use super::*;
+
+    const EPOCH: Epoch = Epoch(77);
+
+    struct Rig {
+        host: Arc<MemoryBackend>,
+        dataplane: NodeDataplane,
+        engine: EngineHandle,
+    }
+
+    impl Rig {
+        async fn new() -> Self {
+            let card = MemoryCard::with_capabilities(memory::capabilities());
+            let host = card.host();
+            let vf = host.require_vf().expect("VFs");
+            vf.set_vf_count(host.fence(), PfIndex(0), 2)
+                .await
+                .expect("two VFs");
+            let (engine, handle) = Engine::new(&EngineConfig::new(7)).expect("an engine");
+            std::thread::spawn(move || engine.run());
+            let events = Arc::new(EventHub::new(8));
+            let steering = SoftSteering::new(
+                "memory",
+                handle.clone(),
+                software_capabilities(100),
+                EPOCH,
+                Arc::clone(&events),
+            );
+            let dataplane = NodeDataplane::new(card.soc(), handle.clone(), Arc::new(steering), events, EPOCH);
+            Self {
+                host,
+                dataplane,
+                engine: handle,
+            }
+        }
+
+        async fn lease(&self, owner: &str) -> VfLease {
+            let vf = self.host.require_vf().expect("VFs");
+            let lease = vf.lease(self.host.fence(), &VfRequest::new(owner)).await;
+            lease.expect("a free VF")
+        }
+
+        async fn release(&self, lease: &VfLease) {
+            let vf = self.host.require_vf().expect("VFs");
+            let released = vf.release(self.host.fence(), lease, ResetLevel::Config).await;
+            released.expect("released");
+        }
+
+        async fn is_open(&self, port: PortRef) -> bool {
+            self.dataplane.is_open(port).await.expect("the engine runs")
+        }
+    }
+
+    impl Drop for Rig {
+        fn drop(&mut self) {
+            self.engine.stop();
+        }
+    }
+
+    fn attachment(lease: &VfLease, address: &str) -> Attachment {
+        Attachment {
+            lease: lease.clone(),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            addresses: vec![address.parse().expect("an address")],
+            gateway: MacAddr([2, 0, 0, 0, 0, 0xfe]),
+            ingress: 1,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_late_detach_leaves_the_next_pod_alone() {
+        let rig = Rig::new().await;
+        let old = rig.lease("old").await;
+        let fence = Fence(EPOCH);
+        let attached = rig.dataplane.attach(fence, &attachment(&old, "10.0.0.1")).await;
+        attached.expect("attached");
+        rig.dataplane.detach(fence, &old).await.expect("detached");
+        rig.release(&old).await;
+        let new = rig.lease("new").await;
+        assert_eq!(new.port, old.port);
+        let attached = rig.dataplane.attach(fence, &attachment(&new, "10.0.0.2")).await;
+        attached.expect("attached");
+        rig.dataplane
+            .detach(fence, &old)
+            .await
+            .expect("not current: nothing to do");
+        assert!(rig.is_open(new.port).await);
+        rig.dataplane.detach(fence, &new).await.expect("detached");
+        assert!(!rig.is_open(new.port).await);
+    }
+
+    #[tokio::test]
+    async fn an_address_of_another_pod_closes_nothing_of_that_pod() {
+        let rig = Rig::new().await;
+        let (first, second) = (rig.lease("first").await, rig.lease("second").await);
+        let fence = Fence(EPOCH);
+        let of_first = attachment(&first, "10.0.0.1");
+        rig.dataplane.attach(fence, &of_first).await.expect("attached");
+        let stolen = rig
+            .dataplane
+            .attach(fence, &attachment(&second, "10.0.0.1"))
+            .await;
+        let error = stolen.expect_err("the address is taken");
+        let object = error.object.as_ref().expect("it names what is wrong");
+        assert_eq!(
+            (error.kind, object.field.as_ref()),
+            (ErrorKind::Conflict, "addresses")
+        );
+        assert!(rig.is_open(first.port).await && !rig.is_open(second.port).await);
+        rig.dataplane
+            .attach(fence, &of_first)
+            .await
+            .expect("the same again");
+        assert!(rig.is_open(first.port).await);
+    }
+}
