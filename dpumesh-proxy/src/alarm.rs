@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -34,6 +35,44 @@ impl Alarm {
             }
             sleep.as_mut().reset(deadline);
         }
+    }
+}
+
+/// The stream idle timeout: fires when a whole period passed without progress, so between one and two periods after
+/// the last octet. Looks at the clock only when its period ends.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    period: Option<Duration>,
+    until: Option<Instant>,
+    progress: u64,
+}
+
+impl Watch {
+    /// Without a period it never fires.
+    pub(crate) fn new(period: Option<Duration>) -> Self {
+        Self {
+            period,
+            until: None,
+            progress: 0,
+        }
+    }
+
+    /// Ready once `progress` has been the same for a period.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, alarm: &mut Alarm, progress: u64) -> Poll<()> {
+        let Some(period) = self.period else {
+            return Poll::Pending;
+        };
+        let until = *self.until.get_or_insert_with(|| Instant::now() + period);
+        if alarm.poll(cx, Some(until)).is_pending() {
+            return Poll::Pending;
+        }
+        if progress == self.progress {
+            return Poll::Ready(());
+        }
+        self.progress = progress;
+        let until = Instant::now() + period;
+        self.until = Some(until);
+        alarm.poll(cx, Some(until))
     }
 }
 

@@ -303,6 +303,20 @@ impl Lane {
         self.freed.wake_one();
     }
 
+    /// Counts a response with `status`, the endpoint's or one given in its place.
+    pub fn count(&self, status: u16) {
+        let (stats, shard) = (&self.cluster.stats, self.shard);
+        stats.inc(shard, Stat::RqCompleted);
+        let class = match status {
+            200..=299 => Stat::Rq2xx,
+            300..=399 => Stat::Rq3xx,
+            400..=499 => Stat::Rq4xx,
+            500..=599 => Stat::Rq5xx,
+            _ => return,
+        };
+        stats.inc(shard, class);
+    }
+
     /// Closes pooled connections that were idle too long or that the endpoint closed.
     pub fn sweep(&self, now: Instant) {
         let idle_timeout = self.cluster.idle_timeout;

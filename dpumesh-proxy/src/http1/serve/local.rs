@@ -1,0 +1,197 @@
+//! What the proxy says by itself: refusals, direct responses, redirects, answers for endpoints; and the connection's end.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
+
+use super::{Outcome, Session};
+use crate::http1::buffer::Buffer;
+use crate::http1::head::{Framing, Refusal};
+use crate::http1::{reply, rewrite};
+use crate::route::HeaderChanges;
+use crate::stats::Http as Stat;
+use crate::worker::Buffers;
+
+/// After a refusal the client's remaining octets are read for at most this long, so that it sees the answer.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// How long a client may take to read a response of the proxy's own, where no stream idle timeout is set.
+const SLOWEST_READER: Duration = Duration::from_secs(300);
+
+/// A response of the proxy's own.
+pub(super) struct Reply<'a> {
+    status: u16,
+    flags: &'static str,
+    header: Option<(&'static [u8], &'a [u8])>,
+    body: &'a [u8],
+    levels: &'a [&'a HeaderChanges],
+    upstream: Option<SocketAddr>,
+    close: bool,
+}
+
+impl<'a> Reply<'a> {
+    pub(super) fn new(status: u16, flags: &'static str) -> Self {
+        Self {
+            status,
+            flags,
+            header: None,
+            body: b"",
+            levels: &[],
+            upstream: None,
+            close: false,
+        }
+    }
+
+    pub(super) fn header(mut self, name: &'static [u8], value: &'a [u8]) -> Self {
+        self.header = Some((name, value));
+        self
+    }
+
+    pub(super) fn body(mut self, body: &'a (impl AsRef<[u8]> + ?Sized)) -> Self {
+        self.body = body.as_ref();
+        self
+    }
+
+    /// With the configured header changes, the most specific first.
+    pub(super) fn changed_by(mut self, levels: &'a [&'a HeaderChanges]) -> Self {
+        self.levels = levels;
+        self
+    }
+
+    /// On behalf of this endpoint.
+    pub(super) fn for_endpoint(mut self, address: SocketAddr) -> Self {
+        self.upstream = Some(address);
+        self
+    }
+
+    /// The connection ends with it.
+    pub(super) fn and_close(mut self) -> Self {
+        self.close = true;
+        self
+    }
+
+    fn outcome(&self) -> Outcome {
+        let mut outcome = Outcome::new(self.status, self.flags);
+        outcome.upstream = self.upstream;
+        outcome
+    }
+}
+
+impl Session {
+    /// Answers a request with a response of the proxy's own.
+    pub(super) async fn reply(&mut self, buffers: &mut Buffers, reply: Reply<'_>) -> Outcome {
+        let request = &buffers.request;
+        let finished = swallow(request.fields.framing, &mut buffers.request_in);
+        let close = reply.close || !finished || self.is_last_response(request.fields.persistent());
+        let is_head = request.method.of_head(buffers.request_in.head()) == b"HEAD";
+        let http11 = request.fields.http11;
+        let mut outcome = reply.outcome();
+        let out = &mut buffers.response_out;
+        out.clear();
+        self.local_head(&reply, close, http11, out);
+        rewrite::change_local(reply.levels, out);
+        if !is_head {
+            out.extend_from_slice(reply.body);
+            outcome.sent = reply.body.len() as u64;
+        }
+        let written = self.write_out(buffers).await;
+        outcome.keep = written && !close;
+        outcome
+    }
+
+    /// Answers what could not be read as a request and closes.
+    pub(super) async fn refuse(&mut self, buffers: &mut Buffers, refusal: Refusal) -> bool {
+        let (stats, shard) = (&self.manager.stats, self.worker.shard);
+        let status = match refusal {
+            Refusal::Bad(_) => 400,
+            Refusal::Version => 505,
+            Refusal::TooLarge => {
+                stats.inc(shard, Stat::RqTooLarge);
+                431
+            }
+        };
+        stats.inc(shard, Stat::CxProtocolError);
+        tracing::debug!(client = %self.peer.remote, %refusal, "request refused");
+        let reply = Reply::new(status, "DPE").body(reply::reason(status));
+        self.answer_no_request(buffers, reply).await
+    }
+
+    /// Replies to something that is no request, logs it and closes.
+    pub(super) async fn answer_no_request(&mut self, buffers: &mut Buffers, reply: Reply<'_>) -> bool {
+        self.manager.stats.inc(self.worker.shard, Stat::RqTotal);
+        let out = &mut buffers.response_out;
+        out.clear();
+        self.local_head(&reply, true, true, out);
+        out.extend_from_slice(reply.body);
+        let mut outcome = reply.outcome();
+        outcome.sent = reply.body.len() as u64;
+        self.write_out(buffers).await;
+        self.count(&outcome);
+        let record = self.record(&outcome, SystemTime::now(), Duration::ZERO);
+        self.log(&record);
+        self.linger(buffers).await;
+        false
+    }
+
+    fn local_head(&self, reply: &Reply<'_>, close: bool, http11: bool, out: &mut Vec<u8>) {
+        reply::status_line(reply.status, out);
+        if let Some((name, value)) = reply.header {
+            reply::header(name, value, out);
+        }
+        if reply.status != 204 && reply.status != 304 {
+            reply::header_number(b"content-length", reply.body.len() as u64, out);
+        }
+        if !reply.body.is_empty() {
+            reply::header(b"content-type", b"text/plain", out);
+        }
+        reply::header(b"date", self.worker.date.borrow_mut().at(SystemTime::now()), out);
+        reply::header(b"server", self.manager.server_name.as_bytes(), out);
+        if close {
+            reply::header(b"connection", b"close", out);
+        } else if !http11 {
+            reply::header(b"connection", b"keep-alive", out);
+        }
+        out.extend_from_slice(b"\r\n");
+    }
+
+    async fn write_out(&mut self, buffers: &mut Buffers) -> bool {
+        let limit = self.manager.stream_idle_timeout.unwrap_or(SLOWEST_READER);
+        let written = timeout(limit, self.stream.write_all(&buffers.response_out)).await;
+        let length = buffers.response_out.len() as u64;
+        self.manager.stats.add(self.worker.shard, Stat::CxTxBytes, length);
+        matches!(written, Ok(Ok(())))
+    }
+
+    /// Ends the connection so that the last response arrives: no more from us, the client's rest is read and dropped.
+    pub(super) async fn linger(&mut self, buffers: &mut Buffers) {
+        if self.stream.shutdown().await.is_err() {
+            return;
+        }
+        let input = &mut buffers.request_in;
+        let _ = timeout(LINGER, async {
+            loop {
+                input.clear();
+                match poll_fn(|cx| input.poll_fill(cx, &mut self.stream)).await {
+                    Ok(n) if n > 0 => {}
+                    _ => return,
+                }
+            }
+        })
+        .await;
+    }
+}
+
+/// Takes the request's body off the buffer if all of it is there; false when some is still to come.
+fn swallow(framing: Framing, input: &mut Buffer) -> bool {
+    match framing {
+        Framing::None => true,
+        Framing::Length(length) if length <= input.unread().len() as u64 => {
+            input.consume(usize::try_from(length).unwrap_or_default());
+            true
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,130 @@
+//! Counts what a request came to, and writes the access log's line.
+
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::{Outcome, Session};
+use crate::access_log::{Headers, Record};
+use crate::http1::head::FieldKind;
+use crate::http1::rewrite::{self, Rewrite};
+use crate::stats::Http as Stat;
+use crate::worker::Buffers;
+
+impl Session {
+    pub(super) fn count(&self, outcome: &Outcome) {
+        let (stats, shard) = (&self.manager.stats, self.worker.shard);
+        stats.inc(shard, Stat::RqCompleted);
+        let class = match outcome.status {
+            200..=299 => Stat::Rq2xx,
+            300..=399 => Stat::Rq3xx,
+            400..=499 => Stat::Rq4xx,
+            500..=599 => Stat::Rq5xx,
+            _ => return,
+        };
+        stats.inc(shard, class);
+    }
+
+    /// Logs a request that was read; `wall` and `begun` are the same moment.
+    pub(super) fn log_request(
+        &self,
+        buffers: &Buffers,
+        rewrite: &Rewrite<'_>,
+        outcome: &Outcome,
+        (wall, begun): (SystemTime, Instant),
+    ) {
+        let request = LoggedRequest { buffers, rewrite };
+        let response = LoggedResponse {
+            buffers,
+            service_ms: rewrite.service_ms.as_deref(),
+        };
+        let mut record = self.record(outcome, wall, begun.elapsed());
+        record.request = Some(&request);
+        record.response = outcome.has_response.then_some(&response as &dyn Headers);
+        record.protocol = Some(if buffers.request.fields.http11 {
+            "HTTP/1.1"
+        } else {
+            "HTTP/1.0"
+        });
+        record.cluster = outcome.cluster.as_deref();
+        record.route = rewrite.route_name;
+        self.log(&record);
+    }
+
+    pub(super) fn record<'r>(&self, outcome: &Outcome, start: SystemTime, duration: Duration) -> Record<'r> {
+        Record {
+            start,
+            duration,
+            request: None,
+            response: None,
+            protocol: None,
+            status: outcome.status,
+            flags: outcome.flags,
+            received: outcome.received,
+            sent: outcome.sent,
+            upstream: outcome.upstream,
+            cluster: None,
+            route: None,
+            remote: self.peer.remote,
+            local: self.peer.local,
+        }
+    }
+
+    pub(super) fn log(&self, record: &Record<'_>) {
+        let mut lines = self.worker.lines.borrow_mut();
+        self.manager
+            .access_log
+            .iter()
+            .for_each(|log| log.log(record, &mut lines));
+    }
+}
+
+struct LoggedRequest<'a> {
+    buffers: &'a Buffers,
+    rewrite: &'a Rewrite<'a>,
+}
+
+impl Headers for LoggedRequest<'_> {
+    fn header(&self, name: &[u8]) -> Option<&[u8]> {
+        let head = self.buffers.request_in.head();
+        let request = &self.buffers.request;
+        match name {
+            b":method" => Some(request.method.of_head(head)),
+            b":path" => {
+                let path = self
+                    .rewrite
+                    .path
+                    .as_deref()
+                    .unwrap_or_else(|| rewrite::path(self.buffers));
+                Some(path).filter(|p| !p.is_empty())
+            }
+            b"x-envoy-original-path" if self.rewrite.path.is_some() => Some(rewrite::path(self.buffers)),
+            b":authority" | b"host" => {
+                let authority = self.rewrite.host.or(self.rewrite.default_host);
+                Some(authority.unwrap_or_else(|| request.authority.of_head(head))).filter(|a| !a.is_empty())
+            }
+            b":scheme" => Some(b"http"),
+            b"x-request-id" if self.rewrite.made_id => Some(&self.rewrite.request_id),
+            name => request.fields.get(head, name),
+        }
+    }
+}
+
+struct LoggedResponse<'a> {
+    buffers: &'a Buffers,
+    service_ms: Option<&'a [u8]>,
+}
+
+impl Headers for LoggedResponse<'_> {
+    fn header(&self, name: &[u8]) -> Option<&[u8]> {
+        let head = self.buffers.response_in.head();
+        match name {
+            b"x-envoy-upstream-service-time" => self.service_ms,
+            name => {
+                let response = &self.buffers.response.fields;
+                let field = response.fields.iter().find(|f| f.name.of_head(head) == name)?;
+                (field.kind != FieldKind::Hop).then(|| field.value.of_head(head))
+            }
+        }
+    }
+}

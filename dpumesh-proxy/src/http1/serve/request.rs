@@ -1,0 +1,243 @@
+//! What becomes of one request: refuse it, answer it here, or forward it; then count and log it.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::time::Instant;
+
+use super::forward::Forwarding;
+use super::local::Reply;
+use super::redirect::location;
+use super::{Outcome, Session};
+use crate::config::model::{ClusterRef, HttpManager, Terminal, Underscores};
+use crate::http1::head::Refusal;
+use crate::http1::rewrite::{self, Changes, Rewrite};
+use crate::route::{Action, Forward, HeaderChanges, RequestView, Route, Target, VirtualHost};
+use crate::stats::Http as Stat;
+use crate::worker::{Buffers, Program};
+
+impl Session {
+    /// Serves the request whose head stands in the buffer; true when the connection may go on.
+    pub(super) async fn request(&mut self, buffers: &mut Buffers, length: usize) -> bool {
+        let begun = Instant::now();
+        let Buffers {
+            request_in, request, ..
+        } = buffers;
+        let parsed = request.parse(&mut request_in.unread_mut()[..length]);
+        if let Err(refusal) = parsed {
+            return self.refuse(buffers, refusal).await;
+        }
+        if buffers.request.fields.fields.len() > self.manager.max_headers {
+            return self.refuse(buffers, Refusal::TooLarge).await;
+        }
+        buffers.request_in.keep_head(length);
+        self.catch_up();
+        self.served += 1;
+        let wall = if self.manager.access_log.is_empty() {
+            SystemTime::UNIX_EPOCH
+        } else {
+            SystemTime::now()
+        };
+        let manager = Arc::clone(&self.manager);
+        let program = Rc::clone(&self.program);
+        manager.stats.inc(self.worker.shard, Stat::RqTotal);
+        manager.stats.inc(self.worker.shard, Stat::RqActive);
+        let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
+        let outcome = match self.refused_by_rule(buffers, &manager) {
+            Some(reply) => self.reply(buffers, reply.and_close()).await,
+            None => self.route(buffers, &manager, &program, &mut rewrite, begun).await,
+        };
+        manager.stats.dec(self.worker.shard, Stat::RqActive);
+        self.count(&outcome);
+        if !manager.access_log.is_empty() {
+            self.log_request(buffers, &rewrite, &outcome, (wall, begun));
+        }
+        if !outcome.keep && outcome.flags != "DC" {
+            self.linger(buffers).await;
+        }
+        outcome.keep
+    }
+
+    /// Takes up a newer configuration: same listener, new routes; changed listener, close after this request.
+    fn catch_up(&mut self) {
+        if self.worker.generation() == self.program.config.generation {
+            return;
+        }
+        self.program = self.worker.program();
+        let name = &self.place.listener.name;
+        let current = self.program.config.listeners.iter().find(|l| l.name == *name);
+        match current {
+            Some(listener) if listener.fingerprint == self.place.listener.fingerprint => {
+                self.place.listener = Arc::clone(listener);
+                if let Some(Terminal::Http(manager)) = self.place.chain().map(|c| &c.terminal) {
+                    self.manager = Arc::clone(manager);
+                }
+            }
+            _ => self.closing = true,
+        }
+    }
+
+    /// The answer to a request that is refused whatever the routes say.
+    fn refused_by_rule(&self, buffers: &Buffers, manager: &HttpManager) -> Option<Reply<'static>> {
+        let request = &buffers.request;
+        let head = buffers.request_in.head();
+        if !request.fields.http11 && !manager.accept_http_10 {
+            return Some(Reply::new(426, "DPE").body("Upgrade Required"));
+        }
+        if request.absolute {
+            manager.stats.inc(self.worker.shard, Stat::RqNonRelativePath);
+        }
+        if !request.has_host && (request.fields.http11 || manager.default_host_http_10.is_none()) {
+            return Some(Reply::new(400, ""));
+        }
+        if request.has_host && request.authority.is_empty() {
+            return Some(Reply::new(400, ""));
+        }
+        if request.method.of_head(head) == b"CONNECT" {
+            return Some(Reply::new(404, "NR"));
+        }
+        if request.upgrade {
+            manager.stats.inc(self.worker.shard, Stat::RqUpgradeRefused);
+            return Some(Reply::new(403, ""));
+        }
+        let has_underscore = || {
+            let mut names = request.fields.fields.iter().map(|f| f.name.of_head(head));
+            names.any(|name| name.contains(&b'_'))
+        };
+        (manager.underscores == Underscores::Reject && has_underscore()).then(|| Reply::new(400, ""))
+    }
+
+    async fn route<'a>(
+        &mut self,
+        buffers: &mut Buffers,
+        manager: &'a HttpManager,
+        program: &'a Program,
+        rewrite: &mut Rewrite<'a>,
+        begun: Instant,
+    ) -> Outcome {
+        let shard = self.worker.shard;
+        let found = {
+            let view = View {
+                buffers,
+                host: rewrite.default_host,
+            };
+            manager.routes.find(&view)
+        };
+        let Some((host, route)) = found else {
+            manager.stats.inc(shard, Stat::NoRoute);
+            return self.reply(buffers, Reply::new(404, "NR")).await;
+        };
+        rewrite.route_name = Some(&route.name);
+        let levels = [&route.headers, &host.headers, &manager.routes.headers];
+        match &route.action {
+            Action::Direct { status, body } => {
+                manager.stats.inc(shard, Stat::RqDirectResponse);
+                let reply = Reply::new(*status, "").body(body).changed_by(&levels);
+                self.reply(buffers, reply).await
+            }
+            Action::Redirect(redirect) => {
+                manager.stats.inc(shard, Stat::RqRedirect);
+                let location = location(redirect, route, buffers, rewrite);
+                let reply = Reply::new(redirect.status, "")
+                    .header(b"location", &location)
+                    .changed_by(&levels);
+                self.reply(buffers, reply).await
+            }
+            Action::Forward(forward) => {
+                manager.stats.inc(shard, Stat::RouterRqTotal);
+                self.dispatch(buffers, manager, program, rewrite, (host, route, forward), begun)
+                    .await
+            }
+        }
+    }
+
+    /// Finds the cluster that the route names and forwards the request to it.
+    async fn dispatch<'a>(
+        &mut self,
+        buffers: &mut Buffers,
+        manager: &'a HttpManager,
+        program: &'a Program,
+        rewrite: &mut Rewrite<'a>,
+        (host, route, forward): (&'a VirtualHost, &'a Route, &'a Forward),
+        begun: Instant,
+    ) -> Outcome {
+        let mut levels: [Option<&HeaderChanges>; 4] = [
+            None,
+            Some(&route.headers),
+            Some(&host.headers),
+            Some(&manager.routes.headers),
+        ];
+        let cluster = match &forward.to {
+            Target::Cluster(cluster) => Some(cluster),
+            Target::Weighted(split) => {
+                let (cluster, changes) = split.pick(fastrand::u64(..));
+                levels[0] = Some(changes);
+                Some(cluster)
+            }
+            Target::Header(name, all) => buffers
+                .request
+                .fields
+                .get(buffers.request_in.head(), name)
+                .and_then(|value| all.get(value)),
+        };
+        let lane = cluster.and_then(|c: &ClusterRef| program.lanes.get(c.index?));
+        let mut outcome = match lane {
+            Some(lane) => {
+                rewrite.plan(forward, route, &buffers.request, buffers.request_in.head());
+                let deadline = rewrite.timeout(forward).map(|t| begun + t);
+                let mut forwarding = Forwarding {
+                    manager,
+                    lane,
+                    forward,
+                    changes: Changes::of(&levels),
+                    rewrite,
+                    begun,
+                    deadline,
+                };
+                self.forward(buffers, &mut forwarding).await
+            }
+            None => {
+                manager.stats.inc(self.worker.shard, Stat::NoCluster);
+                let reply = Reply::new(forward.not_found_status, "NC");
+                self.reply(buffers, reply).await
+            }
+        };
+        outcome.cluster = cluster.map(|c| Arc::clone(&c.name));
+        outcome
+    }
+}
+
+/// The request as the routes look at it.
+struct View<'a> {
+    buffers: &'a Buffers,
+    host: Option<&'a [u8]>,
+}
+
+impl RequestView for View<'_> {
+    fn host(&self) -> &[u8] {
+        let head = self.buffers.request_in.head();
+        self.host
+            .unwrap_or_else(|| self.buffers.request.authority.of_head(head))
+    }
+
+    fn path(&self) -> &[u8] {
+        rewrite::path(self.buffers)
+    }
+
+    fn method(&self) -> &[u8] {
+        self.buffers
+            .request
+            .method
+            .of_head(self.buffers.request_in.head())
+    }
+
+    fn each_header<'a>(&'a self, name: &[u8], see: &mut dyn FnMut(&'a [u8])) {
+        let head = self.buffers.request_in.head();
+        for field in &self.buffers.request.fields.fields {
+            if field.name.of_head(head) == name {
+                see(field.value.of_head(head));
+            }
+        }
+    }
+}
