@@ -357,3 +357,45 @@ fn ambiguous_responses_are_not_passed_on() {
     assert!(response.text().ends_with("protocol error"));
     assert_eq!(client.get("/").status(), 200);
 }
+
+#[test]
+fn an_answer_in_an_endpoints_place_ends_exactly_behind_the_requests_body() {
+    let endpoint = Endpoint::start("only");
+    let running = Running::start(&simple(endpoint.address, ""));
+    let next = "GET /next HTTP/1.1\r\nHost: a\r\n\r\n";
+    for (body, rest) in [
+        ("Content-Length: 2\r\n\r\n", "ab"),
+        ("Transfer-Encoding: chunked\r\n\r\n", "2\r\nab\r\n0\r\n\r\n"),
+    ] {
+        let mut client = running.client();
+        client.send(format!("POST /hang-up HTTP/1.1\r\nHost: a\r\n{body}{rest}{next}"));
+        let response = client.receive();
+        assert_eq!(
+            (response.status(), response.header("connection")),
+            (503, None),
+            "{body}"
+        );
+        assert!(client.receive().text().starts_with("GET /next "), "{body}");
+        assert_eq!(client.get("/again").status(), 200);
+    }
+}
+
+#[test]
+fn an_answer_in_the_middle_of_a_requests_body_ends_the_connection() {
+    let endpoint = Endpoint::start("only");
+    let extra = "stream_idle_timeout: 0.2s";
+    let running = Running::start(&simple(endpoint.address, extra));
+    for body in [
+        "Content-Length: 4\r\n\r\nab",
+        "Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+    ] {
+        let mut client = running.client();
+        client.send(format!("POST /echo HTTP/1.1\r\nHost: a\r\n{body}"));
+        let response = client.receive();
+        assert_eq!(
+            (response.status(), response.header("connection")),
+            (408, Some("close"))
+        );
+        assert!(client.is_closed());
+    }
+}

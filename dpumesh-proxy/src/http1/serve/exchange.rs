@@ -52,6 +52,7 @@ impl Session {
                 .await
                 .map_err(|_| Failure::Client)?;
             call.manager.stats.inc(worker.shard, Stat::Rq1xx);
+            request.expects_continue = false;
         }
         response_in.clear();
         let (mut sending, mut broken) = (true, false);

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::local::Reply;
+use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
 use crate::http1::body::FlowError;
 use crate::stats::{Cluster as ClusterStat, Http as Stat};
@@ -57,6 +57,7 @@ impl Session {
         buffers: &mut Buffers,
         failure: NoConnection,
         address: SocketAddr,
+        body: RequestBody,
     ) -> Outcome {
         let (flags, reason) = match &failure {
             NoConnection::Overflow => ("UO", "overflow"),
@@ -66,8 +67,11 @@ impl Session {
                 ("UF", "remote connection failure")
             }
         };
-        let body = format!("{DISCONNECTED}{reason}");
-        let mut reply = Reply::new(503, flags).body(&body).for_endpoint(address);
+        let text = format!("{DISCONNECTED}{reason}");
+        let mut reply = Reply::new(503, flags)
+            .body(&text)
+            .for_endpoint(address)
+            .after(body);
         if matches!(failure, NoConnection::Overflow) {
             reply = reply.header(b"x-envoy-overloaded", b"true");
         }
@@ -81,9 +85,10 @@ impl Session {
         lane: &Lane,
         failure: Failure,
         address: SocketAddr,
+        body: RequestBody,
     ) -> Outcome {
         let (stats, shard) = (&lane.cluster.stats, self.worker.shard);
-        let (status, body) = match &failure {
+        let (status, text) = match &failure {
             Failure::Client => {
                 stats.inc(shard, ClusterStat::RqTxReset);
                 self.manager.stats.inc(shard, Stat::RqRxReset);
@@ -116,12 +121,10 @@ impl Session {
         if status >= 500 {
             lane.count(status);
         }
-        let mut reply = Reply::new(status, failure.flags())
-            .body(&body)
-            .for_endpoint(address);
-        if matches!(failure, Failure::BadBody) {
-            reply = reply.and_close();
-        }
+        let reply = Reply::new(status, failure.flags())
+            .body(&text)
+            .for_endpoint(address)
+            .after(body);
         self.reply(buffers, reply).await
     }
 }

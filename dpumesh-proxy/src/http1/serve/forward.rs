@@ -1,9 +1,12 @@
 //! A request's way to an endpoint: pick one, take a pooled connection or make one, once more if a pooled one was dead.
+//!
+//! A pooled connection may turn out to be dead before any octet of a response. Then a request is sent again, once, on a
+//! new connection, if the endpoint has not seen any of it or if seeing it twice does no harm.
 
 use tokio::time::{Instant, timeout_at};
 
 use super::failure::Failure;
-use super::local::Reply;
+use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
 use crate::config::model::HttpManager;
 use crate::http1::body::{Flow, Out};
@@ -39,34 +42,42 @@ impl Session {
         let address = picked.endpoint.address;
         if stats.get(ClusterStat::RqActive) >= u64::from(lane.cluster.limits.max_requests) {
             stats.inc(shard, ClusterStat::RqPendingOverflow);
-            return self.not_connected(buffers, NoConnection::Overflow, address).await;
+            let failure = NoConnection::Overflow;
+            return self
+                .not_connected(buffers, failure, address, RequestBody::Untouched)
+                .await;
         }
         let replayable = is_replayable(buffers);
         let mut pooled = lane.take_idle(&picked, self.peer.source, !replayable);
         let mut retried = false;
+        // A flow of which nothing was sent yet: it goes on with the next connection.
+        let mut kept: Option<Flow> = None;
         let _active = Active::new(lane, shard);
         loop {
             let reused = pooled.is_some();
+            let body = kept.as_ref().map_or(RequestBody::Untouched, RequestBody::behind);
             let mut connection = match pooled.take() {
                 Some(pooled) => pooled,
                 None => match self.connect(call, &picked).await {
                     Ok(Ok(connection)) => connection,
-                    Ok(Err(failure)) => return self.not_connected(buffers, failure, address).await,
-                    Err(failure) => return self.failed(buffers, lane, failure, address).await,
+                    Ok(Err(failure)) => return self.not_connected(buffers, failure, address, body).await,
+                    Err(failure) => return self.failed(buffers, lane, failure, address, body).await,
                 },
             };
             if !retried {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
-            let exchange = match begin(buffers, call) {
-                Ok(mut flow) => {
-                    let exchange = self.exchange(buffers, call, &mut connection, &mut flow).await;
-                    exchange.map(|sent| (flow, sent))
+            let begun = kept.take().map_or_else(|| begin(buffers, call), Ok);
+            let mut flow = match begun {
+                Ok(flow) => flow,
+                Err(failure) => {
+                    return self
+                        .failed(buffers, lane, failure, address, RequestBody::Begun)
+                        .await;
                 }
-                Err(failure) => Err(failure),
             };
-            match exchange {
-                Ok((flow, sent)) => {
+            match self.exchange(buffers, call, &mut connection, &mut flow).await {
+                Ok(sent) => {
                     let response = self.respond(buffers, call, &picked, connection, flow, sent);
                     let mut outcome = response.await;
                     if retried {
@@ -75,11 +86,17 @@ impl Session {
                     outcome.upstream = Some(address);
                     return outcome;
                 }
-                Err(Failure::Upstream { answered: false }) if reused && replayable && !retried => {
+                Err(Failure::Upstream { answered: false })
+                    if reused && !retried && (replayable || flow.untouched()) =>
+                {
                     retried = true;
                     stats.inc(shard, ClusterStat::RqRetry);
+                    kept = Some(flow).filter(Flow::untouched);
                 }
-                Err(failure) => return self.failed(buffers, lane, failure, address).await,
+                Err(failure) => {
+                    let body = RequestBody::behind(&flow);
+                    return self.failed(buffers, lane, failure, address, body).await;
+                }
             }
         }
     }

@@ -8,6 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
 use super::{Outcome, Session};
+use crate::http1::body::Flow;
 use crate::http1::buffer::Buffer;
 use crate::http1::head::{Framing, Refusal};
 use crate::http1::{reply, rewrite};
@@ -29,7 +30,26 @@ pub(super) struct Reply<'a> {
     body: &'a [u8],
     levels: &'a [&'a HeaderChanges],
     upstream: Option<SocketAddr>,
+    request_body: RequestBody,
     close: bool,
+}
+
+/// How much of the request's body has left the read buffer when the proxy answers by itself. What stands in the buffer
+/// behind the body is the next request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RequestBody {
+    /// Nothing.
+    Untouched,
+    /// A part: where the next request begins is not known.
+    Begun,
+    /// All of it.
+    Taken,
+}
+
+impl RequestBody {
+    pub(super) fn behind(flow: &Flow) -> Self {
+        if flow.read_all() { Self::Taken } else { Self::Begun }
+    }
 }
 
 impl<'a> Reply<'a> {
@@ -41,6 +61,7 @@ impl<'a> Reply<'a> {
             body: b"",
             levels: &[],
             upstream: None,
+            request_body: RequestBody::Untouched,
             close: false,
         }
     }
@@ -67,6 +88,12 @@ impl<'a> Reply<'a> {
         self
     }
 
+    /// Given when so much of the request's body has been taken.
+    pub(super) fn after(mut self, body: RequestBody) -> Self {
+        self.request_body = body;
+        self
+    }
+
     /// The connection ends with it.
     pub(super) fn and_close(mut self) -> Self {
         self.close = true;
@@ -84,7 +111,11 @@ impl Session {
     /// Answers a request with a response of the proxy's own.
     pub(super) async fn reply(&mut self, buffers: &mut Buffers, reply: Reply<'_>) -> Outcome {
         let request = &buffers.request;
-        let finished = swallow(request.fields.framing, &mut buffers.request_in);
+        let finished = match reply.request_body {
+            RequestBody::Untouched => swallow(request.fields.framing, &mut buffers.request_in),
+            RequestBody::Begun => false,
+            RequestBody::Taken => true,
+        };
         let close = reply.close || !finished || self.is_last_response(request.fields.persistent());
         let is_head = request.method.of_head(buffers.request_in.head()) == b"HEAD";
         let http11 = request.fields.http11;
