@@ -536,7 +536,7 @@ fn path_mtu_discovery_works() {
         let server = node.server(at(SERVER[family], 80));
         let upstream = node
             .stack
-            .run(|| connect_from(ip(POD[family]), at(SERVER[family], 80)))
+            .run(|| connect_from(ip(POD[family]).into(), at(SERVER[family], 80)))
             .expect("ran")
             .expect("begun");
         upstream.set_nonblocking(false).expect("blocking");

@@ -12,6 +12,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use dpumesh_hw::stream::IngressPort;
+
 use crate::stats::{self, Registry, Scope, Shard};
 
 /// Envoy's default format.
@@ -48,6 +50,7 @@ enum Part {
     RouteName,
     Remote { port: bool },
     Local { port: bool },
+    Ingress,
 }
 
 /// `%REQ(NAME?OTHER):LENGTH%`
@@ -96,6 +99,8 @@ pub struct Record<'a> {
     pub remote: SocketAddr,
     /// Where it connected to.
     pub local: SocketAddr,
+    /// The dataplane's port it came in by.
+    pub ingress: Option<IngressPort>,
 }
 
 impl AccessLog {
@@ -166,6 +171,8 @@ fn operator(text: &str) -> Result<Part, String> {
         }
         "DOWNSTREAM_LOCAL_ADDRESS" => Part::Local { port: true },
         "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Part::Local { port: false },
+        // Envoy's way to name what others put beside a connection; Envoy itself prints `-` for this key.
+        "FILTER_STATE(dpumesh.ingress:PLAIN)" => Part::Ingress,
         _ => {
             if let Some(rest) = text.strip_prefix("REQ(") {
                 Part::Request(header_part(rest, text)?)
@@ -224,6 +231,10 @@ impl Part {
             Self::RouteName => or_dash(record.route.filter(|r| !r.is_empty()), out),
             Self::Remote { port } => address(record.remote, *port, out),
             Self::Local { port } => address(record.local, *port, out),
+            Self::Ingress => match record.ingress {
+                Some(port) => number(u64::from(port.get()), out),
+                None => out.push(b'-'),
+            },
         }
     }
 }
@@ -527,6 +538,7 @@ mod tests {
             route: None,
             remote: "10.0.0.1:5".parse().unwrap(),
             local: "[::1]:80".parse().unwrap(),
+            ingress: IngressPort::new(3),
         };
         let mut out = Vec::new();
         for part in compile(format.unwrap_or(DEFAULT_FORMAT)).unwrap() {
@@ -555,6 +567,10 @@ mod tests {
             )),
             "10.0.0.1:5 ::1"
         );
+        assert_eq!(
+            line(Some("ingress=%FILTER_STATE(dpumesh.ingress:PLAIN)%")),
+            "ingress=3"
+        );
     }
 
     #[test]
@@ -567,6 +583,7 @@ mod tests {
             "%START_TIME",
             "%REQ(a)b%",
             "%START_TIME(%s)%",
+            "%FILTER_STATE(other:PLAIN)%",
         ] {
             assert!(compile(bad).is_err(), "{bad}");
         }

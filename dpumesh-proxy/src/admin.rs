@@ -3,6 +3,7 @@
 //! Speaks HTTP/1.1 by the proxy's own parser. What changes something is POST only. There is no authentication, as in
 //! Envoy: bind it to an address only operators reach.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -35,6 +36,11 @@ const PATHS: &[(&str, &str, &str)] = &[
         "begin to drain, as /quitquitquit does",
     ),
     ("/help", "GET", "print this list"),
+    (
+        "/ingress",
+        "GET",
+        "connections by the port of the dataplane that they came in by (?format=json)",
+    ),
     ("/listeners", "GET", "listener addresses (?format=json)"),
     ("/quitquitquit", "POST", "drain and exit"),
     ("/ready", "GET", "LIVE with 200, otherwise the state with 503"),
@@ -175,6 +181,7 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         "/stats/prometheus" => Answer::text(200, prometheus(shared, &query)),
         "/config_dump" => config_dump(&config, &query),
         "/clusters" => clusters(&config, &query),
+        "/ingress" => ingress(shared, &query),
         "/listeners" => listeners(shared, &query),
         "/server_info" => Answer::json(&server_info(shared, &config)),
         "/quitquitquit" | "/drain_listeners" => {
@@ -406,6 +413,33 @@ fn listeners(shared: &Shared, query: &Query<'_>) -> Answer {
     let mut text = String::new();
     for (name, _, at) in bound {
         let _ = writeln!(text, "{name}::{at}");
+    }
+    Answer::text(200, text)
+}
+
+fn ingress(shared: &Shared, query: &Query<'_>) -> Answer {
+    let mut ports: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+    shared.registry.each(|scope, member, _, value| {
+        if let Some(port) = scope.strip_prefix("ingress.").and_then(|p| p.parse().ok()) {
+            let (active, total) = ports.entry(port).or_default();
+            let place = if member == "downstream_cx_active" {
+                active
+            } else {
+                total
+            };
+            *place = value;
+        }
+    });
+    if query.get("format").as_deref() == Some("json") {
+        let ports = ports.into_iter().map(|(port, (active, total))| {
+            json!({"port": port, "downstream_cx_active": active, "downstream_cx_total": total})
+        });
+        return Answer::json(&json!({"ingress_ports": ports.collect::<Vec<Value>>()}));
+    }
+    let mut text = String::new();
+    for (port, (active, total)) in ports {
+        let _ = writeln!(text, "ingress={port}::downstream_cx_active::{active}");
+        let _ = writeln!(text, "ingress={port}::downstream_cx_total::{total}");
     }
     Answer::text(200, text)
 }

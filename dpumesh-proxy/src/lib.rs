@@ -16,7 +16,6 @@ mod alarm;
 pub mod config;
 pub mod dataplane;
 pub mod http1;
-pub mod io;
 pub mod program;
 pub mod route;
 pub mod stats;

@@ -15,14 +15,15 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use clap::{Parser, ValueEnum};
+use dpumesh_hw::netns::{Namespace, NamespaceError};
+use dpumesh_hw::stream::kernel::{self, SocketOptions};
 use tokio::sync::mpsc;
 
 use crate::access_log::Sinks;
 use crate::admin;
 use crate::config::ConfigError;
 use crate::config::files::Files;
-use crate::config::model::{Config, SocketOptions};
-use crate::io as sockets;
+use crate::config::model::Config;
 use crate::stats::{self, Registry, Shard};
 use crate::worker::{self, Command, ListenerKey};
 
@@ -88,6 +89,9 @@ pub enum Error {
     /// The configuration was refused.
     #[error("configuration refused: {0}")]
     Config(#[from] ConfigError),
+    /// The stack's network namespace.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
     /// The operating system said no.
     #[error("{what}: {source}")]
     Io {
@@ -188,7 +192,7 @@ pub struct Shared {
     /// The configuration in force.
     pub config: Arc<ArcSwap<Config>>,
     /// Every counter.
-    pub registry: Registry,
+    pub registry: Arc<Registry>,
     /// Access log sinks.
     pub sinks: Sinks,
     /// What it was started with.
@@ -253,7 +257,7 @@ impl Proxy {
     /// # Errors
     /// The configuration is refused, a listener cannot be opened, a namespace not entered, a thread not started.
     pub fn start(options: Options) -> Result<Self, Error> {
-        let registry = Registry::new(options.concurrency);
+        let registry = Arc::new(Registry::new(options.concurrency));
         let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
         let mut files = Files::open(&options.config_path)?;
         let config = files.load(&registry, &sinks)?;
@@ -352,10 +356,11 @@ fn listen_admin(address: SocketAddr) -> Result<TcpListener, Error> {
     let options = SocketOptions {
         transparent: false,
         freebind: false,
+        dual_stack: false,
         reuse_port: false,
         backlog: 128,
     };
-    sockets::listen(address, options).map_err(Error::io(format!("admin address {address}")))
+    kernel::listen(address, options).map_err(Error::io(format!("admin address {address}")))
 }
 
 #[derive(Debug)]
@@ -374,6 +379,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             config: Arc::clone(&shared.config),
             commands: receiver,
             stack_netns: shared.options.stack_netns.clone(),
+            registry: Arc::clone(&shared.registry),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -524,7 +530,7 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
         .collect();
     let open_all = move || -> Result<Opened, Error> {
         if let Some(path) = &netns {
-            sockets::enter_netns(path).map_err(Error::io(format!("network namespace {}", path.display())))?;
+            Namespace::open(path)?.enter_thread()?;
         }
         let mut opened = Opened {
             sockets: (0..workers).map(|_| Vec::new()).collect(),
@@ -541,7 +547,7 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
                 if index > 0 && !options.reuse_port {
                     break;
                 }
-                let socket = sockets::listen(address, options).map_err(refused)?;
+                let socket = kernel::listen(address, options).map_err(refused)?;
                 address = socket.local_addr().map_err(refused)?;
                 sockets.push((key.clone(), socket));
             }

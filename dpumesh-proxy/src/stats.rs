@@ -150,6 +150,14 @@ members! {
 }
 
 members! {
+    /// `ingress.PORT.*`: the connections that came in by one port of the dataplane. Envoy has no such thing.
+    Ingress {
+        CxTotal = "downstream_cx_total" Counter,
+        CxActive = "downstream_cx_active" Gauge,
+    }
+}
+
+members! {
     /// `listener_manager.*`.
     ListenerManager {
         Added = "listener_added" Counter,

@@ -19,7 +19,6 @@ use crate::access_log::Record;
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::TcpProxy;
 use crate::http1::buffer::Buffer;
-use crate::io as sockets;
 use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
 use crate::upstream::{NoConnection, Pooled};
 use crate::worker::{Buffers, Entry, Peer, Worker};
@@ -74,7 +73,7 @@ pub(crate) async fn relay(
                 }
             };
             match server {
-                None => sockets::reset_on_close(&client),
+                None => reset_on_close(&client),
                 Some((_picked, server)) => {
                     end.flags = "";
                     pump(&worker, &entry, &mut client, server, proxy.idle_timeout, &mut end).await;
@@ -109,6 +108,7 @@ pub(crate) async fn relay(
         route: None,
         remote: peer.remote,
         local: peer.local,
+        ingress: peer.ingress,
     };
     let mut lines = worker.lines.borrow_mut();
     proxy
@@ -184,13 +184,18 @@ async fn pump(
         Err(Broken::Drained) => {}
         Err(Broken::Client) => {
             end.flags = "DC";
-            sockets::reset_on_close(&server.stream);
+            reset_on_close(&server.stream);
         }
         Err(Broken::Server) => {
             end.flags = "UC";
-            sockets::reset_on_close(client);
+            reset_on_close(client);
         }
     }
+}
+
+fn reset_on_close(stream: &TcpStream) {
+    // A connection that is gone already needs no RST.
+    let _ = stream.set_zero_linger();
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

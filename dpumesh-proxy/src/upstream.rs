@@ -12,12 +12,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dpumesh_hw::stream::kernel::{self, Origin};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use crate::config::model::{Balance, Cluster, ClusterKind};
-use crate::io::{self as sockets, Source};
 use crate::stats::{Cluster as Stat, Scope, Shard};
 
 /// Idle connections kept for one (endpoint, source address), at most.
@@ -48,7 +49,7 @@ pub struct EndpointLane {
     pub address: SocketAddr,
     active: Cell<u32>,
     idle: RefCell<Vec<Pooled>>,
-    by_source: RefCell<HashMap<Source, Vec<Pooled>>>,
+    by_source: RefCell<HashMap<Origin, Vec<Pooled>>>,
     idle_by_source: Cell<usize>,
 }
 
@@ -196,7 +197,7 @@ impl Lane {
     }
 
     /// A pooled connection to the endpoint, if one is open and silent. `careful` asks the kernel once more.
-    pub fn take_idle(&self, picked: &Picked, source: Option<Source>, careful: bool) -> Option<Pooled> {
+    pub fn take_idle(&self, picked: &Picked, source: Option<Origin>, careful: bool) -> Option<Pooled> {
         loop {
             let pooled = match source {
                 None => picked.endpoint.idle.borrow_mut().pop()?,
@@ -213,7 +214,7 @@ impl Lane {
             // Readable while idle means closed or out of step. The first look costs no system call.
             let silent = pooled.stream.try_read(&mut [0]);
             let silent = matches!(silent, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-            if silent && (!careful || sockets::is_idle_alive(&pooled.stream)) {
+            if silent && (!careful || is_silent(&pooled.stream)) {
                 return Some(pooled);
             }
         }
@@ -223,7 +224,7 @@ impl Lane {
     ///
     /// # Errors
     /// As [`NoConnection`] says.
-    pub async fn connect(&self, picked: &Picked, source: Option<Source>) -> Result<Pooled, NoConnection> {
+    pub async fn connect(&self, picked: &Picked, source: Option<Origin>) -> Result<Pooled, NoConnection> {
         self.wait_for_room(picked).await?;
         let (stats, shard) = (&self.cluster.stats, self.shard);
         stats.inc(shard, Stat::CxTotal);
@@ -235,7 +236,7 @@ impl Lane {
         };
         let attempt = timeout(
             self.cluster.connect_timeout,
-            sockets::connect(picked.endpoint.address, source),
+            kernel::connect(picked.endpoint.address, source),
         )
         .await;
         let failure = match attempt {
@@ -291,7 +292,7 @@ impl Lane {
     }
 
     /// Puts a connection back that may serve again.
-    pub fn give_back(&self, picked: &Picked, source: Option<Source>, mut pooled: Pooled) {
+    pub fn give_back(&self, picked: &Picked, source: Option<Origin>, mut pooled: Pooled) {
         pooled.requests += 1;
         let most = self.cluster.max_requests_per_connection;
         if most > 0 && pooled.requests >= most {
@@ -330,6 +331,12 @@ impl Lane {
     }
 }
 
+/// Whether an idle connection is still open and silent. One system call.
+fn is_silent(stream: &TcpStream) -> bool {
+    let peeked = SockRef::from(stream).peek(&mut [std::mem::MaybeUninit::uninit()]);
+    matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
 struct Waiting<'a>(&'a Lane);
 
 impl<'a> Waiting<'a> {
@@ -358,7 +365,7 @@ impl EndpointLane {
         }
     }
 
-    fn put(&self, source: Option<Source>, pooled: Pooled) {
+    fn put(&self, source: Option<Origin>, pooled: Pooled) {
         match source {
             None => {
                 let mut idle = self.idle.borrow_mut();

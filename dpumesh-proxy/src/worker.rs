@@ -13,6 +13,9 @@ use std::task::Waker;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use dpumesh_hw::netns::Namespace;
+use dpumesh_hw::stream::IngressPort;
+use dpumesh_hw::stream::kernel::{self, Origin};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, LocalSet};
 use tokio::time::Instant;
@@ -23,8 +26,7 @@ use crate::http1::buffer::Buffer;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
-use crate::io as sockets;
-use crate::stats::{self, Shard};
+use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
 use crate::upstream::Lane;
 
@@ -64,6 +66,8 @@ pub struct Start {
     pub commands: mpsc::UnboundedReceiver<Command>,
     /// The network namespace to work in.
     pub stack_netns: Option<PathBuf>,
+    /// Every counter.
+    pub registry: Arc<Registry>,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -83,6 +87,9 @@ pub struct Worker {
     spare: RefCell<VecDeque<Box<Buffers>>>,
     wakers: RefCell<Wakers>,
     connections: Cell<usize>,
+    /// In a stack namespace: the counters of each ingress port.
+    ingress: Option<RefCell<HashMap<IngressPort, Arc<Scope>>>>,
+    registry: Arc<Registry>,
 }
 
 /// A configuration as one worker sees it.
@@ -138,7 +145,10 @@ pub struct Peer {
     /// The address it meant.
     pub local: SocketAddr,
     /// What upstream connections are bound to.
-    pub source: Option<sockets::Source>,
+    pub source: Option<Origin>,
+    /// The dataplane's port that the connection came in by, for a transparent listener in a stack namespace. The only
+    /// thing here that says which pod the client is without being asked to believe an address.
+    pub ingress: Option<IngressPort>,
 }
 
 #[derive(Debug, Default)]
@@ -174,8 +184,8 @@ impl Entry {
 }
 
 impl Worker {
-    fn new(index: usize, config: Arc<Config>) -> Rc<Self> {
-        let shard = Shard::worker(index);
+    fn new(start: &Start, config: Arc<Config>) -> Rc<Self> {
+        let shard = Shard::worker(start.index);
         let generation = config.generation;
         Rc::new(Self {
             shard,
@@ -187,6 +197,8 @@ impl Worker {
             spare: RefCell::default(),
             wakers: RefCell::default(),
             connections: Cell::new(0),
+            ingress: start.stack_netns.as_ref().map(|_| RefCell::default()),
+            registry: Arc::clone(&start.registry),
         })
     }
 
@@ -240,6 +252,13 @@ impl Worker {
         }
     }
 
+    fn ingress(&self, listener: &Listener, stream: &tokio::net::TcpStream) -> Option<IngressPort> {
+        if self.ingress.is_none() || !listener.socket.transparent {
+            return None;
+        }
+        kernel::ingress(stream).ok().flatten()
+    }
+
     fn wake_all(&self) {
         let wakers: Vec<Waker> = self.wakers.borrow().slots.iter().flatten().cloned().collect();
         wakers.into_iter().for_each(Waker::wake);
@@ -249,6 +268,37 @@ impl Worker {
         let before = self.program();
         self.generation.set(config.generation);
         *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, Some(&before)));
+    }
+}
+
+/// Counts a connection under its ingress port as long as it lives.
+struct ByPort {
+    stats: Arc<Scope>,
+    shard: Shard,
+}
+
+impl ByPort {
+    fn new(worker: &Worker, port: IngressPort) -> Self {
+        let make = || {
+            let name = format!("ingress.{}", port.get());
+            worker.registry.scope(&name, stats::Ingress::TABLE)
+        };
+        let stats = match &worker.ingress {
+            Some(known) => Arc::clone(known.borrow_mut().entry(port).or_insert_with(make)),
+            None => make(),
+        };
+        stats.inc(worker.shard, stats::Ingress::CxTotal);
+        stats.inc(worker.shard, stats::Ingress::CxActive);
+        Self {
+            stats,
+            shard: worker.shard,
+        }
+    }
+}
+
+impl Drop for ByPort {
+    fn drop(&mut self) {
+        self.stats.dec(self.shard, stats::Ingress::CxActive);
     }
 }
 
@@ -289,7 +339,8 @@ pub fn run(start: Start) {
 
 fn prepare(start: &Start) -> std::io::Result<tokio::runtime::Runtime> {
     if let Some(path) = &start.stack_netns {
-        sockets::enter_netns(path)?;
+        let namespace = Namespace::open(path).map_err(std::io::Error::other)?;
+        namespace.enter_thread().map_err(std::io::Error::other)?;
     }
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -298,13 +349,10 @@ fn prepare(start: &Start) -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 async fn control(start: Start) {
+    let worker = Worker::new(&start, start.config.load_full());
     let Start {
-        index,
-        config,
-        mut commands,
-        ..
+        config, mut commands, ..
     } = start;
-    let worker = Worker::new(index, config.load_full());
     let mut accepting: HashMap<ListenerKey, AbortHandle> = HashMap::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -406,9 +454,8 @@ async fn connection(
     let Ok(mut local) = stream.local_addr() else {
         return;
     };
-    let _ = stream.set_nodelay(true);
     if listener.original_dst {
-        local = sockets::original_destination(&stream, local);
+        local = kernel::original_destination(&stream, local);
     }
     let (stats, shard) = (Arc::clone(&listener.stats), worker.shard);
     stats.inc(shard, stats::Listener::CxTotal);
@@ -418,15 +465,18 @@ async fn connection(
     };
     let terminal = chain.terminal.clone();
     let chain = listener.chains.iter().position(|c| std::ptr::eq(c, chain));
-    let source = listener.original_src.map(|o| sockets::Source {
+    let source = listener.original_src.map(|o| Origin {
         ip: remote.ip(),
         mark: o.mark,
     });
+    let ingress = worker.ingress(&listener, &stream);
     let peer = Peer {
         remote,
         local,
         source,
+        ingress,
     };
+    let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
     let entry = worker.enter();
     match terminal {

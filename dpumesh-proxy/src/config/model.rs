@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
 
 use crate::access_log::AccessLog;
@@ -123,7 +124,7 @@ pub struct Listener {
     pub name: String,
     /// The addresses, the first being the main one.
     pub addresses: Vec<SocketAddr>,
-    /// Socket options.
+    /// How its sockets are made. Without `reuse_port` the first worker accepts alone; with it each has one.
     pub socket: SocketOptions,
     /// `envoy.filters.listener.original_dst`: take the address the client meant as the local address.
     pub original_dst: bool,
@@ -141,19 +142,6 @@ pub struct Listener {
     pub stats: Arc<Scope>,
     /// Whether it came by LDS.
     pub dynamic: bool,
-}
-
-/// How the listening sockets are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SocketOptions {
-    /// `IP_TRANSPARENT`.
-    pub transparent: bool,
-    /// `IP_FREEBIND`.
-    pub freebind: bool,
-    /// One socket per worker by `SO_REUSEPORT`; otherwise the first worker accepts alone.
-    pub reuse_port: bool,
-    /// Length of the accept queue, connections.
-    pub backlog: u32,
 }
 
 /// Upstream connections bound to the client's address.

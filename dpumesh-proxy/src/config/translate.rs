@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use prost::Message as _;
 
+use dpumesh_hw::stream::kernel::SocketOptions;
+
 use super::ConfigError;
 use super::at::At;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
     ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
-    SocketOptions, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
+    TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
 use super::translate_route;
 use crate::access_log::{AccessLog, Sinks};
@@ -137,6 +139,7 @@ impl Context<'_> {
             socket: SocketOptions {
                 transparent: at.flag("transparent").unwrap_or(false),
                 freebind: at.flag("freebind").unwrap_or(false),
+                dual_stack: false,
                 reuse_port,
                 backlog: at.number_or("tcp_backlog_size", 1024).min(i32::MAX as u32),
             },

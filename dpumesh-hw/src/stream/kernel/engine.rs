@@ -5,14 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
-use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 
-use super::socket::{connect_from, transparent_listener};
+use super::socket::{connect, ingress, transparent_listener};
 use super::stack::KernelStack;
 use crate::stream::{
-    Accepted, ConnectRequest, Families, IngressPort, ListenOptions, Stream, StreamEngine, StreamError,
-    StreamErrorKind, StreamListener,
+    Accepted, ConnectRequest, Families, ListenOptions, Stream, StreamEngine, StreamError, StreamErrorKind,
+    StreamListener,
 };
 
 /// The engine `kernel`.
@@ -93,17 +92,11 @@ impl StreamEngine for KernelEngine {
     async fn connect(&self, request: &ConnectRequest) -> Result<Stream, StreamError> {
         self.check_entered(super::super::error::CONNECT)?;
         let source = self.source(request)?;
-        connected(source, request.destination)
+        connect(request.destination, Some(source.into()))
             .await
             .map(Stream::Kernel)
             .map_err(|error| StreamError::connecting(Some(source), request.destination, error))
     }
-}
-
-async fn connected(source: IpAddr, destination: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::from_std(connect_from(source, destination)?)?;
-    stream.writable().await?;
-    stream.take_error()?.map_or(Ok(stream), Err)
 }
 
 #[derive(Debug)]
@@ -128,7 +121,7 @@ impl StreamListener for KernelListener {
 
 fn describe(stream: TcpStream, peer: SocketAddr) -> io::Result<Accepted> {
     let original_destination = plain(stream.local_addr()?);
-    let ingress = IngressPort::new(SockRef::from(&stream).mark()?);
+    let ingress = ingress(&stream)?;
     Ok(Accepted {
         stream: Stream::Kernel(stream),
         source: plain(peer),

@@ -5,12 +5,15 @@
 //! connections are routed out by the same interface, back to the dataplane.
 //!
 //! [`KernelStack::prepare`] makes a namespace such a stack, [`KernelEngine`] serves streams from it, and
-//! [`transparent_listener`] and [`connect_from`] are its two kinds of socket.
+//! [`transparent_listener`] and [`connect_from`] are its two kinds of socket. A proxy whose listeners have addresses and
+//! options of their own uses the sockets without the engine: [`listen`], [`connect`], [`ingress`].
 
 mod engine;
 mod socket;
 mod stack;
 
 pub use engine::KernelEngine;
-pub use socket::{connect_from, transparent_listener};
+pub use socket::{
+    Origin, SocketOptions, connect, connect_from, ingress, listen, original_destination, transparent_listener,
+};
 pub use stack::{KernelStack, KernelStackConfig, LocalSource, StackError};

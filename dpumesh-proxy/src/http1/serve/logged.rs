@@ -67,6 +67,7 @@ impl Session {
             route: None,
             remote: self.peer.remote,
             local: self.peer.local,
+            ingress: self.peer.ingress,
         }
     }
 

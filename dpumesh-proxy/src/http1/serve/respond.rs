@@ -11,7 +11,6 @@ use crate::alarm::Watch;
 use crate::http1::body::{Flow, FlowError, Out};
 use crate::http1::head::Framing;
 use crate::http1::rewrite;
-use crate::io as sockets;
 use crate::stats::{Cluster as ClusterStat, Http as Stat};
 use crate::upstream::{Picked, Pooled};
 use crate::worker::Buffers;
@@ -100,7 +99,8 @@ impl Session {
                     stats.inc(shard, ClusterStat::RqRxReset);
                     if delivery.is_until_close() {
                         // Only a RST tells the client that this is not the end of the body.
-                        sockets::reset_on_close(&self.stream);
+                        // A connection that is gone already needs none.
+                        let _ = self.stream.set_zero_linger();
                     }
                 }
             }
