@@ -269,7 +269,7 @@ fn address(address: SocketAddr, port: bool, out: &mut Vec<u8>) {
 }
 
 /// `2026-11-22T15:36:48.833Z`
-fn timestamp(time: SystemTime, out: &mut Vec<u8>) {
+pub(crate) fn timestamp(time: SystemTime, out: &mut Vec<u8>) {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     let (year, month, day) = civil(days);

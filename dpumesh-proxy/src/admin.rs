@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::access_log::timestamp;
 use crate::config::model::{Balance, ClusterKind, Config};
 use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
-use crate::program::{Shared, State};
+use crate::program::{Refused, Shared, State};
 use crate::stats::{self, Kind, Shard};
 
 const LARGEST_HEAD: usize = 16 * 1024;
@@ -28,7 +29,7 @@ const PATHS: &[(&str, &str, &str)] = &[
     (
         "/config_dump",
         "GET",
-        "the configuration in force (?include_eds, ?resource=FIELD, ?name_regex=RE)",
+        "the configuration in force, and updates refused since (?include_eds, ?resource=FIELD, ?name_regex=RE)",
     ),
     (
         "/drain_listeners",
@@ -179,7 +180,7 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         }
         "/stats" => self::stats(shared, &query),
         "/stats/prometheus" => Answer::text(200, prometheus(shared, &query)),
-        "/config_dump" => config_dump(&config, &query),
+        "/config_dump" => config_dump(&config, &shared.refused(), &query),
         "/clusters" => clusters(&config, &query),
         "/ingress" => ingress(shared, &query),
         "/listeners" => listeners(shared, &query),
@@ -465,7 +466,7 @@ fn server_info(shared: &Shared, config: &Config) -> Value {
     })
 }
 
-fn config_dump(config: &Config, query: &Query<'_>) -> Answer {
+fn config_dump(config: &Config, refused: &[Refused], query: &Query<'_>) -> Answer {
     let filter = match query.regex("name_regex") {
         Ok(filter) => filter,
         Err(answer) => return answer,
@@ -534,6 +535,13 @@ fn config_dump(config: &Config, query: &Query<'_>) -> Answer {
         configs.push(json!({"@type": kind("EndpointsConfigDump"),
             "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, &dump.endpoints)}));
     }
+    // Envoy has these inside the resources; a file that cannot be read has none.
+    configs.extend(refused.iter().map(|refused| {
+        let mut at = Vec::new();
+        timestamp(refused.at, &mut at);
+        json!({"@type": kind("UpdateFailureState"), "last_update_attempt": String::from_utf8_lossy(&at),
+            "details": refused.error.to_string()})
+    }));
     if let Some(resource) = query.get("resource") {
         let found = configs
             .iter()

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use clap::{Parser, ValueEnum};
@@ -200,9 +200,19 @@ pub struct Shared {
     /// When it was started.
     pub started: Instant,
     admin: Mutex<Option<SocketAddr>>,
+    refused: Mutex<BTreeMap<String, Refused>>,
     bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
     state: AtomicU8,
     quit: mpsc::UnboundedSender<()>,
+}
+
+/// An update of a watched file that was refused, while the last good one serves.
+#[derive(Debug, Clone)]
+pub struct Refused {
+    /// When it was looked at.
+    pub at: SystemTime,
+    /// Where the fault lies and why.
+    pub error: ConfigError,
 }
 
 /// As in Envoy's `ServerInfo.State`.
@@ -234,6 +244,11 @@ impl Shared {
             1 => State::Draining,
             _ => State::Initializing,
         }
+    }
+
+    /// The updates that were refused and not made good since, by file.
+    pub fn refused(&self) -> Vec<Refused> {
+        lock(&self.refused).values().cloned().collect()
     }
 
     /// Listener sockets: name, configured address, address in fact (they differ for port 0).
@@ -268,6 +283,7 @@ impl Proxy {
             sinks,
             started: Instant::now(),
             admin: Mutex::default(),
+            refused: Mutex::default(),
             bound: Mutex::default(),
             state: AtomicU8::new(State::Initializing as u8),
             quit,
@@ -473,15 +489,18 @@ impl Control {
             tracing::info!(generation, "configuration updated");
             Ok(())
         };
-        let mut refused =
-            |error: ConfigError| tracing::warn!(%error, "update refused; the last good one stays");
-        files.reload(
-            &shared.registry,
-            &shared.sinks,
-            &current,
-            &mut accept,
-            &mut refused,
-        );
+        let mut refused = lock(&shared.refused).clone();
+        let mut tell = |file: &str, outcome: Result<(), ConfigError>| match outcome {
+            Ok(()) => drop(refused.remove(file)),
+            Err(error) => {
+                tracing::warn!(%error, "update refused; the last good one stays");
+                let at = SystemTime::now();
+                refused.insert(file.to_owned(), Refused { at, error });
+            }
+        };
+        files.reload(&shared.registry, &shared.sinks, &current, &mut accept, &mut tell);
+        refused.retain(|file, _| files.reads(file));
+        *lock(&shared.refused) = refused;
     }
 
     async fn drain(self, mut quits: mpsc::UnboundedReceiver<()>, mut signals: Option<Signals>) {

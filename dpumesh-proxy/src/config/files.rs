@@ -153,14 +153,15 @@ impl Files {
     }
 
     /// Looks at the files. A changed configuration is given to `accept`; where that (or reading, or compiling) refuses,
-    /// `refused` gets the reason, once per content, and the last good one stays. True when something was accepted.
+    /// the last good one stays. `tell` hears of each changed file, once per content, that it is in force or why not.
+    /// True when something was accepted.
     pub fn reload(
         &mut self,
         registry: &Registry,
         sinks: &Sinks,
         current: &Config,
         accept: &mut dyn FnMut(Config) -> Result<()>,
-        refused: &mut dyn FnMut(ConfigError),
+        tell: &mut dyn FnMut(&str, Result<()>),
     ) -> bool {
         let changed = self.changed();
         // All changes together first; if that is refused, one by one, so that one bad file holds up no other.
@@ -169,9 +170,10 @@ impl Files {
             return false;
         }
         if several && self.try_files(&changed, registry, sinks, accept).is_ok() {
-            changed
-                .iter()
-                .for_each(|(service, path)| count(registry, current, *service, path, true));
+            for (service, path) in &changed {
+                count(registry, current, *service, path, true);
+                tell(path, Ok(()));
+            }
             return true;
         }
         let mut any = false;
@@ -179,14 +181,19 @@ impl Files {
             let tried = self.try_files(&[(service, path.clone())], registry, sinks, accept);
             count(registry, current, service, &path, tried.is_ok());
             any |= tried.is_ok();
-            if let Err(error) = tried {
-                if let Some(known) = self.known.get_mut(&(service, path.clone())) {
-                    known.stamp = stamp(&path);
-                }
-                refused(error);
+            if tried.is_err()
+                && let Some(known) = self.known.get_mut(&(service, path.clone()))
+            {
+                known.stamp = stamp(&path);
             }
+            tell(&path, tried);
         }
         any
+    }
+
+    /// Whether the configuration in force reads this file.
+    pub fn reads(&self, path: &str) -> bool {
+        self.known.keys().any(|(_, known)| known == path)
     }
 
     fn changed(&mut self) -> Vec<(Service, String)> {

@@ -91,33 +91,18 @@ fn endpoints_change_under_load_without_a_failed_request() {
     let all = [Endpoint::start("a"), Endpoint::start("b"), Endpoint::start("c")];
     let at = |index: usize| all[index].address;
     let running = dynamic(&[at(0)]);
-    let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let clients: Vec<_> = (0..8)
-        .map(|_| {
-            let (stop, served, web) = (Arc::clone(&stop), Arc::clone(&served), running.web());
-            std::thread::spawn(move || {
-                let mut client = Client::connect(web);
-                while !stop.load(Ordering::Relaxed) {
-                    let response = client.get("/");
-                    assert_eq!(response.status(), 200, "{}", response.text());
-                    served.fetch_add(1, Ordering::Relaxed);
-                }
-            })
-        })
-        .collect();
+    let load = Load::start(running.web(), 8);
     for (version, endpoints) in [vec![at(0), at(1)], vec![at(1)], vec![at(1), at(2)], vec![at(2)]]
         .iter()
         .enumerate()
     {
-        let before = served.load(Ordering::Relaxed);
         running.next_generation(|| replace(&running.file("eds.yaml"), &eds(&version.to_string(), endpoints)));
-        await_true("requests go on", || served.load(Ordering::Relaxed) > before + 50);
+        load.goes_on();
     }
     let settled = all[0].requests() + all[1].requests();
     let last = all[2].requests();
     await_true("the last endpoint serves", || all[2].requests() > last + 50);
-    stop.store(true, Ordering::Relaxed);
-    clients.into_iter().for_each(|c| c.join().unwrap());
+    load.stop();
     assert!(all[0].requests() + all[1].requests() <= settled + 8);
     assert_eq!(running.stat("http.web.downstream_rq_5xx"), 0);
     assert_eq!(running.stat("cluster.app.update_success"), 5);
@@ -149,6 +134,104 @@ fn a_bad_update_is_refused_named_and_counted_and_the_old_one_serves() {
     assert_eq!(running.client().get("/").status(), 200);
     running.next_generation(|| replace(&running.file("eds.yaml"), &eds("2", &[])));
     assert_eq!(running.client().get("/").text(), "no healthy upstream");
+}
+
+/// Clients that send requests, each expecting 200, until they are told to stop.
+struct Load {
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicUsize>,
+    clients: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(web: SocketAddr, clients: usize) -> Self {
+        let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let client = |_| {
+            let (stop, served) = (Arc::clone(&stop), Arc::clone(&served));
+            std::thread::spawn(move || {
+                let mut client = Client::connect(web);
+                while !stop.load(Ordering::Relaxed) {
+                    let response = client.get("/");
+                    assert_eq!(response.status(), 200, "{}", response.text());
+                    served.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        };
+        let clients = (0..clients).map(client).collect();
+        Self {
+            stop,
+            served,
+            clients,
+        }
+    }
+
+    fn goes_on(&self) {
+        let before = self.served.load(Ordering::Relaxed);
+        await_true("requests go on", || {
+            self.served.load(Ordering::Relaxed) > before + 50
+        });
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.clients.into_iter().for_each(|c| c.join().unwrap());
+    }
+}
+
+#[test]
+fn a_broken_file_is_named_by_file_field_and_reason_while_requests_go_on() {
+    let endpoint = Endpoint::start("only");
+    let running = dynamic(&[endpoint.address]);
+    let (before, file) = (running.generation(), running.file("rds.yaml"));
+    let load = Load::start(running.web(), 4);
+    let failures = || {
+        let dump: serde_json::Value =
+            serde_json::from_str(&running.admin("GET", "/config_dump").text()).unwrap();
+        let configs = dump["configs"].as_array().unwrap().iter();
+        configs
+            .filter(|c| {
+                c["@type"]
+                    .as_str()
+                    .unwrap()
+                    .ends_with("envoy.admin.v3.UpdateFailureState")
+            })
+            .map(|c| c["details"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let good = rds("app");
+    for (n, (bad, path, reason)) in [
+        (good.replace("[\"*\"]", "[\"*\""), "", "line 4"),
+        (
+            good.replace("match: {prefix", "matches: {prefix"),
+            "route configuration \"routes\": resources[0].virtual_hosts[0].routes[0]",
+            "matches",
+        ),
+        (
+            good.replace("name: routes", "name: routes\n  validate_clusters: true")
+                .replace("cluster: app", "cluster: gone"),
+            "resources[0].virtual_hosts[0].routes[0].route.cluster",
+            "gone",
+        ),
+    ]
+    .iter()
+    .enumerate()
+    {
+        replace(&file, bad);
+        running.await_stat("http.web.rds.routes.update_rejected", n as u64 + 1);
+        await_true("the failure is shown", || {
+            failures()
+                .iter()
+                .any(|f| f.contains(&file.display().to_string()) && f.contains(path) && f.contains(reason))
+        });
+        assert_eq!(failures().len(), 1);
+        load.goes_on();
+    }
+    assert_eq!(running.generation(), before);
+    running.next_generation(|| replace(&file, &good));
+    await_true("nothing is wrong any more", || failures().is_empty());
+    load.goes_on();
+    load.stop();
+    assert_eq!(running.stat("http.web.downstream_rq_5xx"), 0);
 }
 
 #[test]
