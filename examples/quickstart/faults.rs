@@ -1,5 +1,5 @@
 //! What the two nodes have to survive, one scenario each: crowds, connections that end badly, packets that do not fit,
-//! programs that are killed, strangers on the agent's channel.
+//! programs that are killed, files that are broken ([`reload`]), strangers on the agent's channel.
 //!
 //! The contract when a program is down: what the pods' traffic needs of it fails closed. Without its proxy a node answers
 //! TCP with a RST; without its dataplane nothing leaves a pod. A pod keeps interface, addresses and routes throughout.
@@ -23,6 +23,7 @@ use serde::de::DeserializeOwned;
 use super::agent;
 use super::mesh::{HTTP_PORT, SERVICE_PORT, TCP_PORT, http_service, tcp_service};
 use super::node::{POD_INTERFACE, Result, RunningPod, WIRE};
+use super::reload;
 use super::scenarios::{OPEN_UDP, PATIENCE, Scenario, World, all_from, ensure};
 
 /// All of them, in order.
@@ -35,6 +36,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("packets longer than the path carries", mtu_mismatch),
     ("proxy killed under load", proxy_killed),
     ("dataplane killed under load", dataplane_killed),
+    ("broken files for the proxy under load", reload::broken_files),
     ("strangers on the agent's channel", strangers),
 ];
 
@@ -172,7 +174,7 @@ fn start_server(world: &World, pod: &RunningPod, role: Vec<String>) -> Result<Pr
 }
 
 /// A client that works while the scenario does something else.
-struct Background {
+pub(crate) struct Background {
     process: Process,
 }
 
@@ -184,7 +186,7 @@ impl Background {
     }
 
     /// What it has to tell, if it ends well; otherwise how it ended and its last words.
-    fn result<T: DeserializeOwned>(mut self) -> Result<std::result::Result<T, String>> {
+    pub(crate) fn result<T: DeserializeOwned>(mut self) -> Result<std::result::Result<T, String>> {
         let status: ExitStatus = self.process.wait(PATIENCE)?;
         if !status.success() {
             return Ok(Err(format!("{status}: {}", self.process.stderr().trim())));
@@ -328,8 +330,8 @@ fn too_big_sent(world: &World) -> Result<u64> {
     Ok(node.ask(node.client.stats())?.too_big_sent)
 }
 
-/// HTTP across nodes, going on while the scenario kills something. Returns once it really is.
-fn load(world: &World) -> Result<Background> {
+/// HTTP across nodes, going on while the scenario kills or breaks something. Returns once it really is.
+pub(crate) fn load(world: &World) -> Result<Background> {
     let service = SocketAddr::new(http_service(false), SERVICE_PORT).to_string();
     let before = world.counted(0, agent::intercept(&world.client().pod))?;
     let load = Background::start(

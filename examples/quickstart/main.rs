@@ -13,7 +13,7 @@
 //! | `agent` | the steering rules that follow from the pods |
 //! | `mesh` | what the proxies are told |
 //! | `scenarios` | what has to be shown |
-//! | `faults` | what has to be survived |
+//! | `faults`, `reload` | what has to be survived |
 //! | `figures` | what is measured |
 
 mod agent;
@@ -21,6 +21,7 @@ mod faults;
 mod figures;
 mod mesh;
 mod node;
+mod reload;
 mod scenarios;
 
 use std::path::PathBuf;
@@ -65,7 +66,7 @@ struct Args {
     /// Write the results as JSON as well
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Play faults (killed programs, resets, MTUs that do not match, a thousand connections) instead, without figures
+    /// Play faults (killed programs, broken files, resets, MTUs that do not match, a thousand connections) instead, without figures
     #[arg(long)]
     faults: bool,
     /// Play only scenarios whose name contains this text

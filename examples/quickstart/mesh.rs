@@ -1,4 +1,5 @@
-//! What the proxies are told: one Envoy v3 bootstrap per node, made from the pods.
+//! What the proxies are told: one Envoy v3 bootstrap per node, made from the pods, and a file with the HTTP service's
+//! routes over IPv4, which the proxy watches.
 //!
 //! | address | what the proxy does |
 //! |---|---|
@@ -7,9 +8,10 @@
 //! | a pod's port 8080 | HTTP to that pod: the inbound side |
 //! | any other | TCP to where the client meant |
 //!
-//! The same file starts stock Envoy.
+//! The same files start stock Envoy.
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -41,9 +43,18 @@ fn address(ipv6: bool, v4: &str, v6: &str) -> IpAddr {
     text.parse().expect("a literal address")
 }
 
-/// The bootstrap of a node's proxy. `local` and `remote` are the web pods of this and of the other node.
-pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod) -> Value {
-    let listeners: Vec<Value> = [false, true].into_iter().map(listener).collect();
+/// The bootstrap of a node's proxy. `local` and `remote` are the web pods of this and of the other node; `routes` is the
+/// file with [`routes`].
+pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod, routes: &Path) -> Value {
+    let watched = json!({ "rds": {
+        "route_config_name": family("outbound", false),
+        "config_source": { "path_config_source": { "path": routes } },
+    } });
+    let fixed = json!({ "route_config": {
+        "name": family("outbound", true),
+        "virtual_hosts": outbound_routes(true),
+    } });
+    let listeners = [listener(false, watched), listener(true, fixed)];
     let mut clusters = vec![original_destination("original")];
     for ipv6 in [false, true] {
         clusters.push(endpoints(
@@ -68,6 +79,16 @@ pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod) -> Value {
     })
 }
 
+/// The watched file: a `DiscoveryResponse` with the routes of the HTTP service over IPv4.
+pub(crate) fn routes() -> Value {
+    json!({ "resources": [{
+        "@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+        "name": family("outbound", false),
+        "validate_clusters": true,
+        "virtual_hosts": outbound_routes(false),
+    }] })
+}
+
 fn family(name: &str, ipv6: bool) -> String {
     format!("{name}-{}", if ipv6 { "v6" } else { "v4" })
 }
@@ -76,7 +97,9 @@ fn socket_address(address: &str, port: u16) -> Value {
     json!({ "socket_address": { "address": address, "port_value": port } })
 }
 
-fn listener(ipv6: bool) -> Value {
+fn listener(ipv6: bool, outbound: Value) -> Value {
+    let name = family("inbound", ipv6);
+    let inbound = json!({ "route_config": { "name": name, "virtual_hosts": inbound_routes() } });
     json!({
         "name": family("intercept", ipv6),
         "address": socket_address(if ipv6 { "::" } else { "0.0.0.0" }, PROXY_PORT),
@@ -93,12 +116,12 @@ fn listener(ipv6: bool) -> Value {
             {
                 "name": "outbound-http",
                 "filter_chain_match": { "destination_port": SERVICE_PORT },
-                "filters": [http("outbound", ipv6, outbound_routes(ipv6))],
+                "filters": [http(&family("outbound", ipv6), outbound)],
             },
             {
                 "name": "inbound-http",
                 "filter_chain_match": { "destination_port": HTTP_PORT },
-                "filters": [http("inbound", ipv6, inbound_routes())],
+                "filters": [http(&name, inbound)],
             },
             {
                 "name": "outbound-tcp",
@@ -130,23 +153,20 @@ fn tcp(prefix: &str, cluster: &str) -> Value {
     )
 }
 
-fn http(direction: &str, ipv6: bool, virtual_hosts: Value) -> Value {
-    let name = family(direction, ipv6);
+/// `routes` is the manager's `route_config` or `rds`.
+fn http(name: &str, mut routes: Value) -> Value {
     let router = typed(
         "envoy.filters.http.router",
         "filters.http.router.v3.Router",
         json!({}),
     );
-    let config = json!({
-        "stat_prefix": name,
-        "codec_type": "HTTP1",
-        "http_filters": [router],
-        "route_config": { "name": name, "virtual_hosts": virtual_hosts },
-    });
+    routes["stat_prefix"] = name.into();
+    routes["codec_type"] = "HTTP1".into();
+    routes["http_filters"] = json!([router]);
     typed(
         "envoy.filters.network.http_connection_manager",
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
-        config,
+        routes,
     )
 }
 
@@ -222,12 +242,15 @@ mod tests {
             mac: MacAddr([2, 0, 0, 0, 0, 1]),
             addresses: vec![v4.parse().expect("address"), v6.parse().expect("address")],
         };
+        let folder = tempfile::tempdir().expect("a folder");
+        let watched = folder.path().join("routes.json");
+        std::fs::write(&watched, routes().to_string()).expect("written");
         let bootstrap = bootstrap(
             0,
             &pod("a", "10.244.1.1", "fd00:244:1::1"),
             &pod("b", "10.244.2.1", "fd00:244:2::1"),
+            &watched,
         );
-        let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("proxy.json");
         std::fs::write(&file, bootstrap.to_string()).expect("written");
         dpumesh_proxy::program::validate(&file).expect("the proxy takes the file");

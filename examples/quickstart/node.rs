@@ -176,10 +176,9 @@ impl Nodes {
         let (local, remote) = (self.pod(index, 1).pod.clone(), self.pod(1 - index, 1).pod.clone());
         let node = &mut self.all[index];
         let file = node.folder.join("proxy.json");
-        fs::write(
-            &file,
-            serde_json::to_string_pretty(&mesh::bootstrap(index, &local, &remote))?,
-        )?;
+        fs::write(node.routes(), mesh::routes().to_string())?;
+        let bootstrap = mesh::bootstrap(index, &local, &remote, &node.routes());
+        fs::write(&file, serde_json::to_string_pretty(&bootstrap)?)?;
         let mut command = ourselves("dpu-proxy");
         command
             .arg("--config-path")
@@ -338,6 +337,11 @@ impl Node {
     /// Makes a call of the agent; the channel's connection lives on the host's threads.
     pub(crate) fn ask<T>(&self, call: impl Future<Output = dpumesh_core::Result<T>>) -> Result<T> {
         Ok(self.runtime.block_on(call)?)
+    }
+
+    /// The file with the routes that the proxy watches.
+    pub(crate) fn routes(&self) -> PathBuf {
+        self.folder.join("routes.json")
     }
 
     /// Process ids of dataplane and proxy.

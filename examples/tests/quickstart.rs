@@ -49,7 +49,7 @@ fn faults() {
     let place = Place::new();
     let report = place.report(&["--faults"]);
     assert!(
-        report["scenarios"].as_array().is_some_and(|all| all.len() >= 9),
+        report["scenarios"].as_array().is_some_and(|all| all.len() >= 10),
         "{report}"
     );
     place.check_clean();
