@@ -15,6 +15,7 @@ pub mod admin;
 mod alarm;
 pub mod config;
 pub mod dataplane;
+pub mod entry;
 pub mod http1;
 pub mod program;
 pub mod route;

@@ -36,6 +36,7 @@ use dpumesh_examples::report::{Progress, Report};
 use dpumesh_examples::workload;
 use dpumesh_hw::netns::{ensure_privilege, process};
 use dpumesh_proxy::dataplane::VfDevice;
+use dpumesh_proxy::entry;
 use dpumesh_tap::Profile;
 
 use node::{Nodes, Plan, Result};
@@ -109,25 +110,17 @@ fn main() -> ExitCode {
 /// This executable is also the programs that run on the SoCs, so that one build is enough.
 fn run_program(name: &str) -> ExitCode {
     let arguments = || std::iter::once(name.to_owned()).chain(std::env::args().skip(2));
-    tracing_subscriber::fmt()
-        .with_env_filter("warn")
-        .with_writer(std::io::stderr)
-        .init();
-    let result: Result<()> = match name {
+    match name {
         "dpu-proxy" => {
             let args = dpumesh_proxy::program::Args::parse_from(arguments());
-            dpumesh_proxy::program::run(&args).map_err(Into::into)
+            entry::enter(name, &args.log_level, || dpumesh_proxy::program::run(&args))
         }
         "dpu-dataplane" => {
             let args = dpumesh_proxy::dataplane::Args::parse_from(arguments());
-            dpumesh_proxy::dataplane::run(&args).map_err(Into::into)
+            entry::enter(name, &args.log_level, || dpumesh_proxy::dataplane::run(&args))
         }
-        _ => Err(format!("there is no program {name}").into()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{name}: {error}");
+        _ => {
+            eprintln!("quickstart: there is no program {name}");
             ExitCode::FAILURE
         }
     }

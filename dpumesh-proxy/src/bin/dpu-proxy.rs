@@ -7,22 +7,5 @@ use dpumesh_proxy::program::{Args, run};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = match tracing_subscriber::EnvFilter::try_new(&args.log_level) {
-        Ok(filter) => filter,
-        Err(error) => {
-            eprintln!("dpu-proxy: --log-level {}: {error}", args.log_level);
-            return ExitCode::from(2);
-        }
-    };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("dpu-proxy: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    dpumesh_proxy::entry::enter("dpu-proxy", &args.log_level, || run(&args))
 }
