@@ -16,6 +16,8 @@ use arc_swap::ArcSwap;
 use dpumesh_hw::netns::Namespace;
 use dpumesh_hw::stream::IngressPort;
 use dpumesh_hw::stream::kernel::{self, Origin};
+use socket2::SockRef;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, LocalSet};
 use tokio::time::Instant;
@@ -252,7 +254,7 @@ impl Worker {
         }
     }
 
-    fn ingress(&self, listener: &Listener, stream: &tokio::net::TcpStream) -> Option<IngressPort> {
+    fn ingress(&self, listener: &Listener, stream: &TcpStream) -> Option<IngressPort> {
         if self.ingress.is_none() || !listener.socket.transparent {
             return None;
         }
@@ -353,7 +355,7 @@ async fn control(start: Start) {
     let Start {
         config, mut commands, ..
     } = start;
-    let mut accepting: HashMap<ListenerKey, AbortHandle> = HashMap::new();
+    let mut accepting: HashMap<ListenerKey, Accepting> = HashMap::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -367,13 +369,15 @@ async fn control(start: Start) {
             command = commands.recv() => match command {
                 None => return,
                 Some(Command::Apply(sockets)) => {
-                    worker.apply(config.load_full());
-                    update_listeners(&worker, &mut accepting, sockets);
+                    let config = config.load_full();
+                    end_listening(&worker, &mut accepting, &config);
+                    worker.apply(config);
+                    begin_listening(&worker, &mut accepting, sockets);
                     worker.wake_all();
                 }
                 Some(Command::Drain { idle, deadline }) => {
                     worker.draining.set(Some((idle, deadline)));
-                    accepting.drain().for_each(|(_, task)| task.abort());
+                    accepting.drain().for_each(|(key, last)| last.end(&worker, &key.0));
                     worker.wake_all();
                 }
             },
@@ -389,68 +393,97 @@ async fn control(start: Start) {
     }
 }
 
-fn update_listeners(
+/// A listening socket and the task that takes connections off it.
+struct Accepting {
+    socket: Rc<tokio::net::TcpListener>,
+    task: AbortHandle,
+}
+
+impl Accepting {
+    fn start(worker: &Rc<Worker>, name: &str, socket: TcpListener) -> std::io::Result<Self> {
+        let socket = Rc::new(tokio::net::TcpListener::from_std(socket)?);
+        let task = accept(Rc::clone(worker), name.to_owned(), Rc::clone(&socket));
+        let task = tokio::task::spawn_local(task).abort_handle();
+        Ok(Self { socket, task })
+    }
+
+    /// Closes the socket. Closing resets what waits in its queue: clients whose connection is established and who may
+    /// have sent a request. They are served first.
+    fn end(self, worker: &Rc<Worker>, name: &str) {
+        self.task.abort();
+        // The runtime may not have heard of them yet, so the kernel is asked.
+        while let Ok((stream, remote)) = SockRef::from(&*self.socket).accept() {
+            let stream = std::net::TcpStream::from(stream);
+            let stream = stream.set_nonblocking(true).and_then(|()| stream.try_into());
+            if let (Ok(stream), Some(remote)) = (stream, remote.as_socket()) {
+                serve_one(worker, name, stream, remote);
+            }
+        }
+    }
+}
+
+/// Takes up new sockets; those whose listener is gone have ended before.
+fn begin_listening(
     worker: &Rc<Worker>,
-    accepting: &mut HashMap<ListenerKey, AbortHandle>,
+    accepting: &mut HashMap<ListenerKey, Accepting>,
     sockets: Vec<(ListenerKey, TcpListener)>,
 ) {
     for (key, socket) in sockets {
-        let socket = match tokio::net::TcpListener::from_std(socket) {
-            Ok(socket) => socket,
+        if let Some(old) = accepting.remove(&key) {
+            old.end(worker, &key.0);
+        }
+        match Accepting::start(worker, &key.0, socket) {
+            Ok(new) => {
+                accepting.insert(key, new);
+            }
             Err(error) => {
                 tracing::error!(listener = %key.0, address = %key.1, %error, "a listening socket was lost");
-                continue;
             }
-        };
-        let task = tokio::task::spawn_local(accept(Rc::clone(worker), key.0.clone(), socket));
-        if let Some(old) = accepting.insert(key, task.abort_handle()) {
-            old.abort();
         }
     }
-    let program = worker.program();
-    accepting.retain(|(name, address), task| {
-        let wanted = program
-            .config
-            .listeners
-            .iter()
-            .any(|l| l.name == *name && l.addresses.contains(address));
-        if !wanted {
-            task.abort();
-        }
-        wanted
-    });
 }
 
-async fn accept(worker: Rc<Worker>, name: String, socket: tokio::net::TcpListener) {
+/// Ends the sockets that `config` does not have, while the configuration that has them is still in force.
+fn end_listening(worker: &Rc<Worker>, accepting: &mut HashMap<ListenerKey, Accepting>, config: &Config) {
+    let is_gone = |(name, address): &ListenerKey| {
+        let mut listeners = config.listeners.iter();
+        !listeners.any(|l| l.name == *name && l.addresses.contains(address))
+    };
+    accepting
+        .extract_if(|key, _| is_gone(key))
+        .for_each(|(key, gone)| gone.end(worker, &key.0));
+}
+
+async fn accept(worker: Rc<Worker>, name: String, socket: Rc<tokio::net::TcpListener>) {
     loop {
-        let (stream, remote) = match socket.accept().await {
-            Ok(accepted) => accepted,
+        match socket.accept().await {
+            Ok((stream, remote)) => serve_one(&worker, &name, stream, remote),
             Err(error) => {
                 // Out of descriptors or the like: the queue keeps what it has, look again soon.
                 tracing::warn!(listener = %name, %error, "accept failed");
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
             }
-        };
-        let program = worker.program();
-        let Some(listener) = program.config.listeners.iter().find(|l| l.name == name) else {
-            return;
-        };
-        tokio::task::spawn_local(connection(
-            Rc::clone(&worker),
-            Arc::clone(listener),
-            stream,
-            remote,
-        ));
+        }
+    }
+}
+
+fn serve_one(worker: &Rc<Worker>, name: &str, stream: TcpStream, remote: SocketAddr) {
+    let program = worker.program();
+    if let Some(listener) = program.config.listeners.iter().find(|l| l.name == name) {
+        // Entered before its task runs: a drain waits for it from now on.
+        let (entry, listener) = (worker.enter(), Arc::clone(listener));
+        tokio::task::spawn_local(connection(entry, Rc::clone(&program), listener, stream, remote));
     }
 }
 
 async fn connection(
-    worker: Rc<Worker>,
+    entry: Entry,
+    program: Rc<Program>,
     listener: Arc<Listener>,
-    stream: tokio::net::TcpStream,
+    stream: TcpStream,
     remote: SocketAddr,
 ) {
+    let worker = Rc::clone(&entry.worker);
     let Ok(mut local) = stream.local_addr() else {
         return;
     };
@@ -478,10 +511,10 @@ async fn connection(
     };
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
-    let entry = worker.enter();
     match terminal {
         Terminal::Http(manager) => {
-            serve::serve(worker, entry, stream, peer, Place { listener, chain }, manager).await;
+            let place = Place { listener, chain };
+            serve::serve(worker, program, entry, stream, peer, place, manager).await;
         }
         Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, proxy).await,
     }

@@ -38,9 +38,10 @@ use crate::config::model::HttpManager;
 use crate::stats::Http as Stat;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
 
-/// Serves a connection to its end.
+/// Serves a connection to its end; `program` is the one its listener comes from.
 pub async fn serve(
     worker: Rc<Worker>,
+    program: Rc<Program>,
     entry: Entry,
     stream: TcpStream,
     peer: Peer,
@@ -50,7 +51,6 @@ pub async fn serve(
     let (stats, shard) = (Arc::clone(&manager.stats), worker.shard);
     stats.inc(shard, Stat::CxTotal);
     stats.inc(shard, Stat::CxActive);
-    let program = worker.program();
     let mut session = Session {
         worker,
         entry,
