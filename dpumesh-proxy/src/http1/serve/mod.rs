@@ -6,10 +6,10 @@
 //!      │                     └─────────────────────────┼───────┘         │
 //!      └───────────────────────────────────────────────┴─────────────────┘
 //! ```
-//! Each stage is a file: [`read`] takes a head off the connection, [`request`] decides what becomes of it, [`forward`]
-//! picks endpoint and connection, [`exchange`] sends the request until a response head is there, [`respond`] passes the
-//! response on, [`failure`] says what to answer for an endpoint, [`local`] writes what the proxy says by itself,
-//! [`logged`] counts and logs. All memory is the worker's: between requests a connection holds its socket and little
+//! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `forward`
+//! picks endpoint and connection, `exchange` sends the request until a response head is there, `respond` passes the
+//! response on, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
+//! `logged` counts and logs. All memory is the worker's: between requests a connection holds its socket and little
 //! else.
 
 mod exchange;
