@@ -113,7 +113,7 @@ fn await_refusal(world: &World, wanted: impl Fn(&str) -> bool) -> Result<String>
 }
 
 fn refusal(world: &World) -> Result<String> {
-    let dump = world.nodes.all[0].soc.run(|| ask("/config_dump"))??;
+    let dump = world.nodes.all[0].own.soc.run(|| ask("/config_dump"))??;
     let body = dump
         .split_once("\r\n\r\n")
         .ok_or("no answer from the admin server")?
