@@ -2,7 +2,7 @@
 //! queues of its ports then; `tx` writes them at the end of the turn.
 
 use dpumesh_core::steering::Group;
-use dpumesh_core::{Frame, MacAddr};
+use dpumesh_core::{Frame, MacAddr, Mtu};
 
 use super::act::{self, set_macs};
 use super::classify::{Classified, Load};
@@ -16,7 +16,7 @@ use super::rules::Verdict;
 use super::stats::DropReason;
 use super::tx;
 use crate::flow::{FlowKey, RuleIndex, Slot, Tick};
-use crate::wire::{Headers, Malformed, answer};
+use crate::wire::{Fragments, Headers, L3, Malformed, answer, checksum};
 
 /// Groups that a packet may be classified in anew, after a step changed it.
 const MAX_PASSES: usize = 4;
@@ -363,6 +363,9 @@ impl Engine {
             self.enqueue(ingress, egress, frame);
             return Ok(());
         }
+        if back.outer == 0 && self.fragment(ingress, egress, frame, mtu) {
+            return Ok(());
+        }
         if back.tunnelled {
             return Err(DropReason::Mtu);
         }
@@ -374,6 +377,26 @@ impl Engine {
         }
         self.pool.give(reply);
         Err(DropReason::Mtu)
+    }
+
+    /// Sends a packet in fragments, if it is one that may be sent so.
+    fn fragment(&mut self, ingress: PortIndex, egress: PortIndex, frame: &mut Frame, mtu: Mtu) -> bool {
+        let headers = Headers::parse(frame.octets());
+        let may_be = headers.is_ok_and(|headers| headers.l3 == L3::Ipv4 && !headers.dont_fragment);
+        if !may_be || checksum::complete(frame).is_err() {
+            return false;
+        }
+        let Some(mut fragments) = Fragments::of(frame, mtu) else {
+            return false;
+        };
+        let (mut fragment, mut sent) = (self.pool.take(), 0_u64);
+        while fragments.next_into(&mut fragment) {
+            self.enqueue(ingress, egress, &mut fragment);
+            sent += 1;
+        }
+        self.pool.give(fragment);
+        self.tally.totals.fragmented += sent.saturating_sub(1);
+        true
     }
 
     /// Puts a frame into the queue of an open port, and an empty one in its place.

@@ -44,8 +44,8 @@ drop_reasons! {
     Rule = "rule",
     /// TTL or hop limit ran out.
     Ttl = "ttl",
-    /// Too long for the egress port. The sender is told, unless it may not be (IPv4 without DF, an ICMP error) or is at the
-    /// other end of a tunnel.
+    /// Too long for the egress port. The sender is told, unless it may not be (an ICMP error) or is at the other end of
+    /// a tunnel; IPv4 without DF leaves in fragments, but not into a tunnel (RFC 7348 §4.3).
     Mtu = "mtu",
     /// `Decapsulate` met something that is no such tunnel packet.
     NotATunnel = "not_a_tunnel",
@@ -91,6 +91,8 @@ pub struct EngineStats {
     pub flows_offloaded: u64,
     /// Flows that it refused because it was full.
     pub offloads_refused: u64,
+    /// Frames that fragmentation added: two for a packet that left in three.
+    pub fragmented: u64,
     /// Answers of these kinds that were not sent, because a port had its share of them for the moment.
     pub answers_withheld: u64,
     /// TCP segments that were joined to super-frames.

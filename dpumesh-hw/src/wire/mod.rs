@@ -6,7 +6,7 @@
 //!    checked constructor, the places of its fields, getters, setters, a `Repr` where something is emitted, tests.
 //!    Inside a file the short name is used ([`tcp::Packet`]), outside the long one ([`TcpPacket`]).
 //! 2. **[`Headers`]**, the one pass over a frame from which lookup and classification work.
-//! 3. **Arithmetic on frames**: [`checksum`], [`segment`] (TSO and USO in software), [`coalesce`] (GRO), [`answer`]
+//! 3. **Arithmetic on frames**: [`checksum`], [`segment`] (TSO and USO in software), [`coalesce`] (GRO), [`fragmentation`], [`answer`]
 //!    (the frames the dataplane sends by itself) and [`encap`] (VXLAN).
 //!
 //! A view copies nothing. Its constructor checks every length that its getters rely on, so getters do not fail;
@@ -24,6 +24,7 @@ pub mod encap;
 pub mod ethernet;
 mod field;
 pub mod fragment;
+pub mod fragmentation;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod headers;
@@ -45,6 +46,7 @@ pub use arp::Packet as ArpPacket;
 pub use coalesce::Coalescer;
 pub use ethernet::Packet as EthernetPacket;
 pub use fragment::Fragment;
+pub use fragmentation::Fragments;
 pub use headers::{Headers, L3};
 pub use icmpv4::Packet as Icmpv4Packet;
 pub use icmpv6::Packet as Icmpv6Packet;

@@ -30,7 +30,7 @@ fn check_books(stats: &EngineStats) {
     let transmitted: u64 = stats.ports.values().map(|port| port.tx_frames).sum();
     let dropped: u64 = stats.drops.values().sum();
     // An answered request became its answer.
-    let made = stats.resets_sent + stats.too_big_sent;
+    let made = stats.resets_sent + stats.too_big_sent + stats.fragmented;
     assert_eq!(
         received + made,
         transmitted + dropped + stats.coalesced,
@@ -449,6 +449,39 @@ fn what_is_relayed_between_tunnels_and_too_long_is_dropped_without_a_word() {
         (relay.dropped(DropReason::Mtu), relay.stats().too_big_sent),
         (1, 0)
     );
+}
+
+/// The beginning of an IPv4 datagram of that many octets that routers may fragment.
+fn datagram(payload: usize) -> Frame {
+    let mut frame = segment(POD, A, B, (1, 2), payload);
+    frame.gso = None;
+    checksum::complete(&mut frame).expect("sound");
+    let octets = frame.octets_mut();
+    octets[20] = 0; // no DF
+    let mut ip = crate::wire::Ipv4Packet::new(&mut octets[14..]).expect("IPv4");
+    ip.fill_checksum();
+    frame
+}
+
+#[test]
+fn a_packet_without_df_leaves_in_fragments() {
+    let mut bench = plain();
+    bench.rule(1, to(B), vec![Action::Forward(PortRef::vf(1))]);
+    bench.send(PortRef::vf(0), datagram(3000));
+    let fragments = bench.sent(PortRef::vf(1));
+    let parts: Vec<_> = fragments
+        .iter()
+        .map(|frame| {
+            let ip = crate::wire::Ipv4Packet::new(&frame.octets()[14..]).expect("sound");
+            assert!(ip.verify_checksum());
+            ip.total_len() - ip.header_len()
+        })
+        .collect();
+    assert_eq!(parts, [1480, 1480, 60]);
+    let stats = bench.stats();
+    assert_eq!((stats.fragmented, stats.too_big_sent), (2, 0));
+    check_books(&stats);
+    assert!(bench.sent(PortRef::vf(0)).is_empty());
 }
 
 #[test]
