@@ -252,11 +252,6 @@ async fn the_agent_does_everything_as_if_the_dataplane_were_here() {
     );
     let occupancy = client.steering().occupancy().await.expect("read");
     assert_eq!(occupancy, local.occupancy().await.expect("read"));
-    client
-        .steering()
-        .set_miss_policy(fence, PortRef::vf(0), MissPolicy::Drop)
-        .await
-        .expect("set");
     assert_eq!(client.steering().flush(fence, Owner::Agent).await, Ok(2));
     assert!(local.list(Owner::Agent).await.expect("listed").is_empty());
 
@@ -282,6 +277,11 @@ async fn the_agent_does_everything_as_if_the_dataplane_were_here() {
     let stats = client.stats().await.expect("read");
     assert_eq!(stats, served.node.stats().await.expect("read"));
     assert!(stats.ports.contains_key(&lease.port));
+    client
+        .steering()
+        .set_miss_policy(fence, lease.port, MissPolicy::Drop)
+        .await
+        .expect("set");
     client.detach(fence, &lease).await.expect("detached");
     client.detach(fence, &lease).await.expect("idempotent");
 }
