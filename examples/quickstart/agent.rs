@@ -13,6 +13,7 @@
 //! | the proxy | IP | to the pod it is for, here or through the network |
 //! | the network | TCP to a local pod | to the proxy |
 //! | the network | UDP to port 53 and 7, ICMP | to the local pod it is for |
+//! | the network | anything else | nowhere: a node is no router between others |
 
 use std::net::IpAddr;
 
@@ -47,9 +48,10 @@ pub(crate) const GATEWAY: MacAddr = MacAddr([0x02, 0xd7, 0, 0, 0, 0xfe]);
 /// UDP ports that pods may reach without the proxy: echo and DNS.
 pub(crate) const UDP_PORTS: [u16; 2] = [7, 53];
 
-/// What must reach the proxy, what comes from it, and the way out of the tunnel.
+/// What must reach the proxy, what comes from it, what comes from the network for a local pod, and the way out of the
+/// tunnel.
 const INTERCEPT: u32 = 0;
-/// What comes from the network and needs no proxy.
+/// Everything else that comes from the network.
 const FROM_NETWORK: u32 = 1;
 /// What pods send each other without the proxy.
 const BETWEEN_PODS: u32 = 2;
@@ -87,6 +89,12 @@ pub(crate) fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<Steerin
         all: Vec::new(),
     };
     rules.tunnel_exit();
+    rules.add(
+        Group::default(),
+        FROM_NETWORK,
+        from(UPLINK),
+        vec![Action::Count, Action::Drop],
+    );
     for pod in pods {
         if pod.node == here {
             rules.local(pod);
@@ -123,23 +131,30 @@ impl Rules<'_> {
         self.all.push(rule.in_group(group));
     }
 
-    /// Overlay: what arrives for our tunnel endpoint is taken out and classified by its inner headers.
+    /// Overlay: what other nodes send to our tunnel endpoint is taken out and classified by its inner headers. Nobody else
+    /// on the network may send into the tunnel.
     fn tunnel_exit(&mut self) {
         let Network::Overlay { vteps, .. } = self.network else {
             return;
         };
-        let outer = Pattern {
-            ip_proto: Some(IpProtocol::UDP),
-            l4_dst: Some(4789.into()),
-            ip_dst: Some(IpMatch::from(vteps[self.here])),
-            ..from(UPLINK)
-        };
-        let actions = vec![
-            Action::Count,
-            Action::Decapsulate(TunnelKind::Vxlan),
-            Action::Jump(INNER),
-        ];
-        self.add(Group::default(), INTERCEPT, outer, actions);
+        for (node, vtep) in vteps.iter().enumerate() {
+            if node == self.here {
+                continue;
+            }
+            let outer = Pattern {
+                ip_proto: Some(IpProtocol::UDP),
+                l4_dst: Some(4789.into()),
+                ip_src: Some(IpMatch::from(*vtep)),
+                ip_dst: Some(IpMatch::from(vteps[self.here])),
+                ..from(UPLINK)
+            };
+            let actions = vec![
+                Action::Count,
+                Action::Decapsulate(TunnelKind::Vxlan),
+                Action::Jump(INNER),
+            ];
+            self.add(Group::default(), INTERCEPT, outer, actions);
+        }
     }
 
     fn local(&mut self, pod: &Pod) {
@@ -183,7 +198,7 @@ impl Rules<'_> {
                 ..network.clone()
             };
             self.add(group, INTERCEPT, tcp, vec![Action::Count, Action::Punt]);
-            self.without_proxy(group, FROM_NETWORK, &network, *address, &deliver);
+            self.without_proxy(group, INTERCEPT, &network, *address, &deliver);
             self.without_proxy(Group::default(), BETWEEN_PODS, &to(*address), *address, &deliver);
         }
     }
@@ -361,6 +376,29 @@ mod tests {
                 .ip_proto
                 .is_some_and(|proto| proto != IpProtocol::TCP);
             assert!(from_stack || not_tcp, "{rule:?} would forward TCP of a pod");
+        }
+    }
+
+    #[test]
+    fn nothing_from_the_network_goes_back_to_it() {
+        let network = Network::Underlay {
+            macs: vec![GATEWAY; 2],
+        };
+        let rules = rules(0, &pods(), &network);
+        let back = rules.iter().filter(|rule| {
+            let from_network = rule.pattern.port.is_none_or(|port| port == UPLINK);
+            from_network && rule.actions.contains(&Action::Forward(UPLINK))
+        });
+        let dropped = rules
+            .iter()
+            .find(|rule| rule.pattern == from(UPLINK))
+            .expect("a rule for everything from the network");
+        assert_eq!(dropped.actions.last(), Some(&Action::Drop));
+        for rule in back {
+            assert!(
+                dropped.priority < rule.priority,
+                "{rule:?} is asked before {dropped:?}"
+            );
         }
     }
 }
