@@ -83,8 +83,14 @@ pub trait FlowSteeringExt: FlowSteering {
     /// changed is removed and added at its place in the batch: use a new cookie where that matters. With `atomicity`
     /// [`Atomicity::Atomic`] no frame meets anything between the old set and the new.
     ///
+    /// [`Atomicity::Continue`] goes on after a refused addition, so it cannot change a rule under its cookie: the old
+    /// one would be gone without the new, and a rule of lower priority would get its frames. Such a set is refused
+    /// before anything is changed. Removals of other cookies are carried out whether or not the additions were: who
+    /// continues reads the results.
+    ///
     /// # Errors
-    /// `Invalid` (a rule of another owner), and those of [`FlowSteering::list`] and [`FlowSteering::apply`].
+    /// `Invalid` (a rule of another owner, or one that changed under its cookie with `Continue`; the field is named),
+    /// and those of [`FlowSteering::list`] and [`FlowSteering::apply`].
     async fn replace(
         &self,
         fence: Fence,
@@ -93,16 +99,16 @@ pub trait FlowSteeringExt: FlowSteering {
         atomicity: Atomicity,
     ) -> Result<BatchOutcome> {
         if let Some(index) = rules.iter().position(|rule| rule.owner != owner) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "steering.replace",
-                "the rule belongs to another owner",
-            )
-            .object("rules")
-            .index(index)
-            .field("owner"));
+            return Err(refuse(index, "owner", "the rule belongs to another owner"));
         }
         let installed = self.list(owner).await?;
+        if atomicity == Atomicity::Continue
+            && let Some(index) = changed(&installed, &rules)
+        {
+            let reason = "another rule is installed under this cookie, and with `continue` a refused addition would \
+                          leave none: use a new cookie or another atomicity";
+            return Err(refuse(index, "cookie", reason));
+        }
         let operations = difference(owner, &installed, rules);
         self.apply(fence, &Batch::new(operations).with(atomicity)).await
     }
@@ -138,6 +144,23 @@ fn only(outcome: BatchOutcome) -> Result<crate::steering::Change> {
             "the backend returned no result for the operation",
         ))
     })
+}
+
+/// An error about a rule of the set that [`FlowSteeringExt::replace`] was given.
+fn refuse(index: usize, field: &'static str, reason: &'static str) -> Error {
+    Error::new(ErrorKind::Invalid, "steering.replace", reason)
+        .object("rules")
+        .index(index)
+        .field(field)
+}
+
+/// Index of the first wanted rule whose cookie is installed with something else.
+fn changed(installed: &[InstalledRule], wanted: &[SteeringRule]) -> Option<usize> {
+    let installed: BTreeMap<Cookie, &SteeringRule> =
+        installed.iter().map(|i| (i.rule.cookie, &i.rule)).collect();
+    wanted
+        .iter()
+        .position(|rule| installed.get(&rule.cookie).is_some_and(|old| *old != rule))
 }
 
 /// The operations that turn `installed` into `wanted`: additions first, then removals; a changed rule is removed just
@@ -180,6 +203,23 @@ mod tests {
             Pattern::default(),
             vec![action],
         )
+    }
+
+    #[test]
+    fn a_rule_that_changed_under_its_cookie_is_found() {
+        let installed: Vec<_> = [rule(1, Action::Drop), rule(2, Action::Drop)]
+            .into_iter()
+            .map(|rule| InstalledRule::new(rule, Placement::Hardware))
+            .collect();
+        let cases = [
+            (vec![], None),
+            (vec![rule(1, Action::Drop), rule(3, Action::Punt)], None),
+            (vec![rule(1, Action::Drop), rule(2, Action::Punt)], Some(1)),
+            (vec![rule(1, Action::Punt)], Some(0)),
+        ];
+        for (wanted, index) in cases {
+            assert_eq!(changed(&installed, &wanted), index, "{wanted:?}");
+        }
     }
 
     #[test]

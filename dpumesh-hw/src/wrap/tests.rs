@@ -348,6 +348,37 @@ async fn after_a_cancelled_batch_a_look_and_a_repetition_give_the_wanted_state()
 }
 
 #[tokio::test]
+async fn a_rule_is_not_changed_under_its_cookie_by_a_batch_that_continues() {
+    let card = card();
+    let backend = Validate::new(card.both());
+    let steering = backend.require_steering().expect("has rules");
+    let fence = backend.fence();
+    steering.apply(fence, &adds(1..3)).await.expect("in order");
+    let before = steering.list(Owner::Agent).await.expect("present");
+    let mut wanted: Vec<SteeringRule> = (1..4).map(rule).collect();
+    wanted[1].actions = vec![Action::Drop];
+    assert_ne!(wanted[1], rule(2));
+    let refused = steering
+        .replace(fence, Owner::Agent, wanted.clone(), Atomicity::Continue)
+        .await
+        .expect_err("it could leave the cookie without a rule");
+    let place = refused.object.as_ref().expect("named");
+    assert_eq!(
+        (refused.kind, place.index, place.field.as_ref()),
+        (ErrorKind::Invalid, Some(1), "cookie")
+    );
+    assert_eq!(
+        steering.list(Owner::Agent).await.expect("present"),
+        before,
+        "untouched"
+    );
+    let outcome = steering
+        .replace(fence, Owner::Agent, wanted, Atomicity::Rollback)
+        .await;
+    assert!(outcome.expect("offered").results.iter().all(Result::is_ok));
+}
+
+#[tokio::test]
 async fn a_fault_says_what_took_effect() {
     for (effect, possible) in [
         (Effect::None, [0].as_slice()),
