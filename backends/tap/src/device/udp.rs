@@ -12,6 +12,8 @@
 //! Datagrams leave unfragmented (DF) from the bound port 4789: the frame's UDP source port, which would spread flows
 //! over the paths of a fabric, is not kept, so that the other end's kernel can merge datagrams of all flows.
 //!
+//! Where the kernel cannot cut a send (old kernels on devices without checksums, IPsec), datagrams go out one by one.
+//!
 //! A super-frame ([`dpumesh_core::Gso`] of the *inner* packet) is cut here, in one pass that copies and sums.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -50,6 +52,8 @@ pub struct UdpUplink {
     leftover: Leftover,
     staging: Staging,
     scratch: Box<[u8]>,
+    /// The kernel cuts what one send carries (`UDP_SEGMENT`); off for good once it could not.
+    segmenting: bool,
     refused: u64,
     unreachable: u64,
 }
@@ -100,7 +104,11 @@ impl UdpUplink {
                 .source(error)
         })?;
         let socket = bound.map_err(failed)?;
-        let (readiness, leftover) = watch(&socket).map_err(|errno| failed(errno.into()))?;
+        Self::over(port, socket, local, mtu).map_err(failed)
+    }
+
+    fn over(port: PortRef, socket: OwnedFd, local: SocketAddr, mtu: Mtu) -> io::Result<Self> {
+        let (readiness, leftover) = watch(&socket)?;
         Ok(Self {
             port,
             socket,
@@ -110,6 +118,7 @@ impl UdpUplink {
             leftover,
             staging: Staging::new(),
             scratch: vec![0; DATAGRAM].into_boxed_slice(),
+            segmenting: true,
             refused: 0,
             unreachable: 0,
         })
@@ -241,13 +250,15 @@ fn class_of(train: &Envelope) -> u8 {
 
 // ---- transmit ----
 
-/// Datagrams of frames of their own, gathered for one `sendmmsg`: a message is a run of equal sizes to one endpoint.
+/// Datagrams of frames of their own, gathered for one `sendmmsg`: a message is a run of equal sizes to one endpoint, or
+/// one datagram if the kernel does not cut.
 struct Gathered<'a> {
     slices: [IoSlice<'a>; SEGMENTS],
     count: usize,
     messages: [Range<usize>; BATCH],
     runs: [Run; BATCH],
     len: usize,
+    segmenting: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -261,7 +272,7 @@ struct Run {
 }
 
 impl<'a> Gathered<'a> {
-    fn new(local: SocketAddr) -> Self {
+    fn new(local: SocketAddr, segmenting: bool) -> Self {
         Self {
             slices: [IoSlice::new(&[]); SEGMENTS],
             count: 0,
@@ -274,6 +285,7 @@ impl<'a> Gathered<'a> {
                 closed: true,
             }; BATCH],
             len: 0,
+            segmenting,
         }
     }
 
@@ -286,7 +298,7 @@ impl<'a> Gathered<'a> {
             .len
             .checked_sub(1)
             .map(|last| (&mut self.messages[last], &mut self.runs[last]));
-        match last.filter(|(_, run)| run.takes(outer, datagram.len())) {
+        match last.filter(|(_, run)| self.segmenting && run.takes(outer, datagram.len())) {
             Some((message, run)) => {
                 message.end += 1;
                 run.octets += datagram.len();
@@ -318,11 +330,24 @@ impl Run {
         same && !self.closed && size <= self.size && size > 0 && self.octets + size <= DATAGRAM
     }
 
+    /// The kernel has to cut it.
+    fn is_cut(&self) -> bool {
+        self.octets > self.size
+    }
+
+    /// One datagram of it.
+    fn uncut(self) -> Self {
+        Self {
+            octets: self.size,
+            ..self
+        }
+    }
+
     fn envelope(&self) -> Envelope {
         let mut envelope = Envelope::EMPTY;
         envelope.set_destination(self.remote);
         // The room of an envelope is four such messages.
-        if self.octets > self.size {
+        if self.is_cut() {
             envelope.push_control(
                 libc::SOL_UDP,
                 libc::UDP_SEGMENT,
@@ -340,10 +365,30 @@ impl Run {
     }
 }
 
-/// What became of a send.
+/// What became of a send of messages.
+#[derive(Debug, PartialEq, Eq)]
 enum Sent {
+    /// So many of them were taken.
     Taken(usize),
+    /// The socket has no room for the first.
     Full,
+    /// The first cannot go out: too long for its path.
+    Refused,
+    /// There is no way to the first one's endpoint.
+    Unreachable,
+    /// The first was to be cut by the kernel, and perhaps cannot be: its datagrams have to go out one by one.
+    Uncut,
+}
+
+/// What became of a run whose datagrams were sent one by one.
+#[derive(Debug, Default)]
+struct OneByOne {
+    /// Datagrams that are done with, lost ones included.
+    done: usize,
+    refused: usize,
+    unreachable: usize,
+    /// The first, of the run's full size, went out: cutting was what the kernel could not do.
+    first_sent: bool,
 }
 
 impl UdpUplink {
@@ -379,7 +424,7 @@ impl UdpUplink {
                 _ => seen += 1,
             }
         }
-        let mut gathered = Gathered::new(self.local);
+        let mut gathered = Gathered::new(self.local, self.segmenting);
         let mut places = [0; SEGMENTS];
         for (index, (frame, outer)) in frames[..seen].iter().zip(&outers).enumerate() {
             if let Some(outer) = outer {
@@ -412,8 +457,24 @@ impl UdpUplink {
             self.refused += 1;
             return Ok(true);
         };
-        let mut first = true;
-        while let Ok(Some(piece)) = segments.run_into(&prefix, SEGMENTS, &mut self.scratch) {
+        let sent = self.send_segments(outer, &prefix, &mut segments)?;
+        if sent.is_none() {
+            frame.push_front(outer.len + prefix.len());
+            (frame.checksum, frame.gso) = before;
+        }
+        self.refused += u64::from(sent == Some(false));
+        Ok(sent.is_some())
+    }
+
+    /// Sends the pieces of a super-frame; false when one was refused, `None` when the socket was full before the first.
+    fn send_segments(
+        &mut self,
+        outer: &Outer,
+        prefix: &[u8],
+        segments: &mut Segments<'_>,
+    ) -> Result<Option<bool>> {
+        let (mut first, mut whole) = (true, true);
+        while let Ok(Some(piece)) = segments.run_into(prefix, SEGMENTS, &mut self.scratch) {
             let (remote, class) = (outer.remote, outer.class);
             let run = Run {
                 remote,
@@ -422,30 +483,54 @@ impl UdpUplink {
                 octets: piece.octets,
                 closed: true,
             };
-            let slices = [IoSlice::new(&self.scratch[..piece.octets])];
-            let sent = send(
-                &self.socket,
-                &slices,
-                std::slice::from_ref(&(0..1)),
-                &[run.envelope()],
-            );
-            match self.judge(sent)? {
-                Sent::Full if first => {
-                    frame.push_front(outer.len + prefix.len());
-                    (frame.checksum, frame.gso) = before;
-                    return Ok(false);
+            let octets = &self.scratch[..piece.octets];
+            let sent = if self.segmenting || !run.is_cut() {
+                let message = std::slice::from_ref(&(0..1));
+                let sent = send(&self.socket, &[IoSlice::new(octets)], message, &[run.envelope()]);
+                judge(sent, run.is_cut()).map_err(|error| self.broken(error))?
+            } else {
+                Sent::Uncut
+            };
+            let full = match sent {
+                Sent::Taken(_) => false,
+                Sent::Full if first => return Ok(None),
+                Sent::Full => true,
+                Sent::Refused => {
+                    whole = false;
+                    false
                 }
-                // Half a super-frame is on its way: the rest is lost, as on a wire.
-                Sent::Full => return Ok(true),
-                Sent::Taken(_) => first = false,
+                Sent::Unreachable => {
+                    self.unreachable += piece.segments as u64;
+                    false
+                }
+                Sent::Uncut => {
+                    let mut slices = [IoSlice::new(&[]); SEGMENTS];
+                    for (slice, datagram) in slices.iter_mut().zip(octets.chunks(run.size)) {
+                        *slice = IoSlice::new(datagram);
+                    }
+                    let sent = send_one_by_one(&self.socket, &run, &slices[..piece.segments])
+                        .map_err(|error| self.broken(error))?;
+                    if first && sent.done == 0 {
+                        return Ok(None);
+                    }
+                    self.unreachable += sent.unreachable as u64;
+                    self.stop_segmenting(&sent);
+                    whole &= sent.refused == 0;
+                    sent.done < piece.segments
+                }
+            };
+            if full {
+                break; // half a super-frame is on its way: the rest is lost, as on a wire
             }
+            first = false;
         }
-        Ok(true)
+        Ok(Some(whole))
     }
 
-    /// Sends what was gathered; returns how many of its datagrams were taken.
+    /// Sends what was gathered; returns how many of its datagrams are done with. One that cannot go out is: others
+    /// behind it can.
     fn send_gathered(&mut self, gathered: &Gathered<'_>) -> Result<usize> {
-        let mut done = 0;
+        let (mut done, mut datagrams) = (0, 0);
         while done < gathered.len {
             let envelopes: [Envelope; BATCH] = std::array::from_fn(|index| {
                 let run = gathered
@@ -455,48 +540,112 @@ impl UdpUplink {
                 run.map_or(Envelope::EMPTY, Run::envelope)
             });
             let messages = &gathered.messages[done..gathered.len];
-            let sent = send(
-                &self.socket,
-                &gathered.slices[..gathered.count],
-                messages,
-                &envelopes,
-            );
-            match self.judge(sent) {
-                Ok(Sent::Taken(count)) => done += count,
+            let slices = &gathered.slices[..gathered.count];
+            let (run, first) = (&gathered.runs[done], messages[0].clone());
+            let sent = send(&self.socket, slices, messages, &envelopes);
+            let taken = match judge(sent, run.is_cut()) {
+                Ok(Sent::Taken(count)) => count,
                 Ok(Sent::Full) => break,
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            }
+                Ok(Sent::Refused) => {
+                    self.refused += first.len() as u64;
+                    1
+                }
+                Ok(Sent::Unreachable) => {
+                    self.unreachable += first.len() as u64;
+                    1
+                }
+                Ok(Sent::Uncut) => {
+                    let sent = send_one_by_one(&self.socket, run, &slices[first.clone()])
+                        .map_err(|error| self.broken(error))?;
+                    self.refused += sent.refused as u64;
+                    self.unreachable += sent.unreachable as u64;
+                    self.stop_segmenting(&sent);
+                    if sent.done < first.len() {
+                        return Ok(first.start + sent.done);
+                    }
+                    1
+                }
+                Err(_) if datagrams > 0 => break,
+                Err(error) => return Err(self.broken(error)),
+            };
+            done += taken;
+            datagrams = gathered.messages[done - 1].end;
         }
-        Ok(done.checked_sub(1).map_or(0, |last| gathered.messages[last].end))
+        Ok(datagrams)
     }
 
-    /// A message that cannot go out counts as taken: others behind it can.
-    fn judge(&mut self, sent: io::Result<usize>) -> Result<Sent> {
-        let error = match sent {
-            Ok(count) => return Ok(Sent::Taken(count)),
-            Err(error) => error,
-        };
-        match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Ok(Sent::Full),
-            Some(libc::EMSGSIZE | libc::EINVAL) => {
-                self.refused += 1;
-                Ok(Sent::Taken(1))
-            }
-            Some(
-                libc::ENETUNREACH
-                | libc::EHOSTUNREACH
-                | libc::ECONNREFUSED
-                | libc::ENETDOWN
-                | libc::EPERM
-                | libc::EACCES,
-            ) => {
-                self.unreachable += 1;
-                Ok(Sent::Taken(1))
-            }
-            _ => Err(io_error("port.transmit", "tunnel socket", error).object(self.port)),
+    /// After a run that the kernel did not cut: cuts here from now on if that was what it could not do.
+    fn stop_segmenting(&mut self, sent: &OneByOne) {
+        if sent.first_sent && self.segmenting {
+            self.segmenting = false;
+            tracing::warn!(
+                port = %self.port,
+                local = %self.local,
+                "the kernel does not segment on the way of this tunnel endpoint: its datagrams go out one by one"
+            );
         }
     }
+
+    fn broken(&self, error: io::Error) -> Error {
+        io_error("port.transmit", "tunnel socket", error).object(self.port)
+    }
+}
+
+/// What a send says of its messages; `cut`: the first asks for `UDP_SEGMENT`.
+///
+/// Kernels before 6.11 answer `EIO` to such a send when the route's device computes no checksums, all when the route is
+/// transformed (IPsec); `EINVAL` stands for more than one thing. Neither says that the socket is broken.
+fn judge(sent: io::Result<usize>, cut: bool) -> io::Result<Sent> {
+    let error = match sent {
+        Ok(count) => return Ok(Sent::Taken(count)),
+        Err(error) => error,
+    };
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Ok(Sent::Full),
+        Some(libc::EIO | libc::EINVAL) if cut => Ok(Sent::Uncut),
+        Some(libc::EMSGSIZE | libc::EINVAL) => Ok(Sent::Refused),
+        Some(
+            libc::ENETUNREACH
+            | libc::EHOSTUNREACH
+            | libc::ECONNREFUSED
+            | libc::ENETDOWN
+            | libc::EPERM
+            | libc::EACCES,
+        ) => Ok(Sent::Unreachable),
+        _ => Err(error),
+    }
+}
+
+/// Sends the datagrams of a run as messages of their own, up to the one that finds the socket full.
+///
+/// # Errors
+/// The first cannot be sent for a reason that is not its own.
+fn send_one_by_one(socket: &OwnedFd, run: &Run, datagrams: &[IoSlice<'_>]) -> io::Result<OneByOne> {
+    let envelopes = [run.uncut().envelope(); BATCH];
+    let messages: [Range<usize>; SEGMENTS] = std::array::from_fn(|index| index..index + 1);
+    let mut result = OneByOne::default();
+    while result.done < datagrams.len() {
+        let rest = &messages[result.done..datagrams.len()];
+        let taken = match judge(send(socket, datagrams, rest, &envelopes), false) {
+            Ok(Sent::Taken(count)) => {
+                result.first_sent |= result.done == 0;
+                count
+            }
+            Ok(Sent::Full | Sent::Uncut) => break,
+            Ok(Sent::Refused) => {
+                result.refused += 1;
+                1
+            }
+            Ok(Sent::Unreachable) => {
+                result.unreachable += 1;
+                1
+            }
+            Err(_) if result.done > 0 => break,
+            Err(error) => return Err(error),
+        };
+        result.done += taken;
+    }
+    Ok(result)
 }
 
 fn send(
@@ -586,4 +735,144 @@ fn is_about_a_peer(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dpumesh_core::{Gso, GsoKind};
+    use dpumesh_hw::wire::{ipv4, protocol};
+    use std::net::UdpSocket;
+
+    /// What the answers of a send mean, for one message with and without `UDP_SEGMENT`.
+    #[test]
+    fn an_error_of_a_cut_send_is_not_the_sockets() {
+        let cases = [
+            (libc::EIO, Some(Sent::Uncut), None),
+            (libc::EINVAL, Some(Sent::Uncut), Some(Sent::Refused)),
+            (libc::EMSGSIZE, Some(Sent::Refused), Some(Sent::Refused)),
+            (libc::EAGAIN, Some(Sent::Full), Some(Sent::Full)),
+            (
+                libc::ENETUNREACH,
+                Some(Sent::Unreachable),
+                Some(Sent::Unreachable),
+            ),
+            (libc::EBADF, None, None),
+        ];
+        for (errno, cut, whole) in cases {
+            let failed = || Err(io::Error::from_raw_os_error(errno));
+            assert_eq!(judge(failed(), true).ok(), cut, "{errno}");
+            assert_eq!(judge(failed(), false).ok(), whole, "{errno}");
+        }
+        assert_eq!(judge(Ok(3), true).ok(), Some(Sent::Taken(3)));
+    }
+
+    /// An endpoint on loopback, and a peer. With `cuts` false the kernel answers `EINVAL` to a send with
+    /// `UDP_SEGMENT`, because the socket's datagrams carry no checksum.
+    fn endpoints(cuts: bool) -> (UdpUplink, UdpSocket) {
+        let any = "127.0.0.1:0".parse().expect("an address");
+        let socket = open_socket(any).expect("bound");
+        let peer = UdpSocket::bind(any).expect("bound");
+        let patience = Some(std::time::Duration::from_secs(10));
+        peer.set_read_timeout(patience).expect("set");
+        if !cuts {
+            sys::set_option(&socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1).expect("set");
+        }
+        let uplink = UdpUplink::over(PortRef::Uplink(0), socket, any, Mtu::ETHERNET).expect("open");
+        (uplink, peer)
+    }
+
+    fn outer_to(remote: SocketAddr) -> Outer {
+        Outer {
+            from: remote,
+            remote,
+            class: 0,
+            len: 42,
+        }
+    }
+
+    const PIECES: usize = 70;
+
+    /// A TCP super-frame of 70 pieces of 100 octets, behind 42 octets for outer headers and VXLAN's.
+    fn super_frame() -> Frame {
+        let ip = ipv4::Repr {
+            dscp: 0,
+            ecn: 0,
+            id: 1,
+            dont_fragment: true,
+            ttl: 64,
+            protocol: protocol::TCP,
+            source: [10, 0, 0, 1].into(),
+            destination: [10, 0, 0, 2].into(),
+            payload_len: (20 + PIECES * 100) as u16,
+        };
+        let mut octets = vec![0; 42 + vxlan::HEADER_LEN];
+        octets.extend([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0]);
+        octets.extend(ip.emit());
+        octets.extend([0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+        octets.resize(octets.len() + PIECES * 100, 7);
+        let mut frame = Frame::copy_of(&octets);
+        frame.checksum = Checksum::Partial {
+            start: 50 + 34,
+            offset: 16,
+        };
+        frame.gso = Some(Gso {
+            kind: GsoKind::TcpV4,
+            size: 100,
+            header_len: 50 + 54,
+            ecn: false,
+        });
+        frame
+    }
+
+    #[test]
+    fn where_the_kernel_cannot_cut_every_datagram_goes_out_all_the_same() {
+        for cuts in [true, false] {
+            let (mut uplink, peer) = endpoints(cuts);
+            let outer = outer_to(peer.local_addr().expect("bound"));
+            let mut datagram = [0; 2048];
+            for turn in 0..2 {
+                assert_eq!(uplink.send_super_frame(&outer, &mut super_frame()), Ok(true));
+                for piece in 0..PIECES {
+                    let len = peer.recv(&mut datagram).expect("arrives");
+                    assert_eq!(len, 8 + 54 + 100, "piece {piece} of turn {turn}");
+                }
+                assert_eq!(uplink.segmenting, cuts);
+            }
+            // A new endpoint learns it from frames of their own too, and what it gathers afterwards is no run.
+            uplink.segmenting = true;
+            let payload = [9; 300];
+            for _ in 0..2 {
+                let mut gathered = Gathered::new(uplink.local, uplink.segmenting);
+                for _ in 0..10 {
+                    assert!(gathered.push(&outer, &payload[..200]));
+                }
+                assert_eq!(gathered.len, if uplink.segmenting { 1 } else { 10 });
+                assert!(gathered.push(&outer, &payload));
+                assert_eq!(uplink.send_gathered(&gathered), Ok(11));
+                for len in [200; 10].into_iter().chain([300]) {
+                    assert_eq!(peer.recv(&mut datagram).expect("arrives"), len);
+                }
+                assert_eq!(uplink.segmenting, cuts);
+            }
+            assert_eq!((uplink.refused(), uplink.unreachable()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn what_cannot_go_out_is_counted_by_the_frame() {
+        let (mut uplink, _) = endpoints(true);
+        // Nothing can be sent to port 0: EINVAL, cut or not.
+        let outer = outer_to("127.0.0.1:0".parse().expect("an address"));
+        assert_eq!(uplink.send_super_frame(&outer, &mut super_frame()), Ok(true));
+        assert_eq!(uplink.refused(), 1, "one frame, whatever its pieces");
+        let mut gathered = Gathered::new(uplink.local, true);
+        for _ in 0..10 {
+            assert!(gathered.push(&outer, &[9; 200]));
+        }
+        assert_eq!(gathered.len, 1);
+        assert_eq!(uplink.send_gathered(&gathered), Ok(10));
+        assert_eq!(uplink.refused(), 11, "every frame of a run");
+        assert!(uplink.segmenting, "cutting was not to blame");
+    }
 }
