@@ -115,12 +115,13 @@ impl Transmit<'_> {
         };
         let refused = io.refused();
         let taken = io.transmit(&mut port.queue)?.min(waiting); // else the queue goes when the port is closed
-        let refused = io.refused() - refused;
+        let refused = io.refused().saturating_sub(refused);
         // What was taken holds anything now, what was not is as it was.
         let left: usize = port.queue[taken..].iter().map(Frame::len).sum();
         self.tally.drops[DropReason::EgressFull as usize] += (waiting - taken) as u64;
         self.tally.drops[DropReason::Egress as usize] += refused;
-        port.stats.tx_frames += taken as u64 - refused;
+        // A port that counts more refused than it took is wrong, but not worth a panic.
+        port.stats.tx_frames += (taken as u64).saturating_sub(refused);
         port.stats.tx_octets += (octets - left) as u64;
         self.pool.give_all(&mut port.queue);
         Ok(())
