@@ -587,13 +587,14 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
 /// Makes `config` (or the one already there) the one in force and tells the workers.
 fn commit(shared: &Shared, workers: &[Running], config: Option<Arc<Config>>, opened: Opened) {
     let before = shared.config.load_full();
+    // Whoever sees the new configuration finds its addresses.
+    *lock(&shared.bound) = opened.bound;
     if let Some(config) = config {
         count_changes(shared, Some(&before), &config);
         shared.config.store(config);
     } else {
         count_changes(shared, None, &before);
     }
-    *lock(&shared.bound) = opened.bound;
     for (worker, sockets) in workers.iter().zip(opened.sockets) {
         // A worker that is gone panicked; the others go on.
         let _ = worker.commands.send(Command::Apply(sockets));

@@ -135,13 +135,14 @@ fn answer_all(name: &str, stream: TcpStream, seen: &AtomicUsize) -> io::Result<(
         for (name, value) in &request.headers {
             head.push_str(&format!("{name}: {value}\n"));
         }
+        let is_head = request.first.starts_with("HEAD ");
         let plain = |writer: &mut TcpStream, status: &str, body: &[u8]| -> io::Result<()> {
             let length = body.len();
             write!(
                 writer,
                 "HTTP/1.1 {status}\r\nX-Endpoint: {name}\r\nContent-Length: {length}\r\n\r\n"
             )?;
-            writer.write_all(body)
+            if is_head { Ok(()) } else { writer.write_all(body) }
         };
         match path.split('?').next().unwrap_or_default() {
             "/echo" => plain(&mut writer, "200 OK", &request.body)?,

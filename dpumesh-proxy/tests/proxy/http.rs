@@ -5,7 +5,9 @@ use std::net::TcpListener;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Client, Endpoint, Running, bootstrap, cluster, pattern, read_message, simple};
+use crate::harness::{
+    Client, Endpoint, Running, await_true, bootstrap, cluster, pattern, read_message, simple,
+};
 
 #[test]
 fn keep_alive_serves_many_requests_on_one_connection_each_way() {
@@ -277,7 +279,9 @@ fn a_pooled_connection_that_died_is_replaced_without_the_client_noticing() {
         }
     }
     assert_eq!(running.stat("http.web.downstream_cx_total"), 1);
-    assert_eq!(running.stat("http.web.downstream_rq_5xx"), refused);
+    await_true("every 503 is counted", || {
+        running.stat("http.web.downstream_rq_5xx") == refused
+    });
 }
 
 #[test]
@@ -289,7 +293,9 @@ fn a_client_that_goes_away_ends_the_request_upstream() {
     running.await_stat("cluster.app.upstream_rq_active", 1);
     drop(client);
     running.await_stat("http.web.downstream_rq_rx_reset", 1);
-    assert_eq!(running.stat("cluster.app.upstream_cx_active"), 0);
+    await_true("the connection is closed", || {
+        running.stat("cluster.app.upstream_cx_active") == 0
+    });
 }
 
 #[test]
@@ -461,6 +467,8 @@ fn admin_answers_on_envoys_paths() {
     assert_eq!(running.client().get("/").status(), 200);
     let ready = running.admin("GET", "/ready");
     assert_eq!((ready.status(), ready.text().as_str()), (200, "LIVE\n"));
+    // Counted once the client has its answer.
+    running.await_stat("cluster.app.upstream_rq_2xx", 1);
     let stats = running
         .admin("GET", "/stats?filter=cluster.app.upstream_rq_2xx")
         .text();
@@ -506,7 +514,7 @@ fn a_drain_finishes_requests_in_flight_and_closes() {
     // The gauge of active requests may still hold the first one.
     running.await_stat("cluster.app.upstream_rq_total", 2);
     running.proxy.drain();
-    crate::harness::await_true("the listener is closed", || {
+    await_true("the listener is closed", || {
         std::net::TcpStream::connect(address).is_err()
     });
     let response = idle.get("/");

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::harness::{Client, Endpoint, Running, await_true, cluster, lb_endpoint, replace};
+use crate::harness::{Client, Endpoint, Message, Running, await_true, cluster, lb_endpoint, replace};
 
 fn eds(version: &str, endpoints: &[SocketAddr]) -> String {
     let endpoints: Vec<String> = endpoints.iter().map(|e| lb_endpoint(*e)).collect();
@@ -79,6 +79,11 @@ impl Running {
         self.proxy.shared().config.load().generation
     }
 
+    /// Waits until an answer is as it should be: workers take a new configuration a moment after it is in force.
+    fn await_answer(&self, client: &mut Client, what: &str, holds: impl Fn(&Message) -> bool) {
+        await_true(what, || holds(&client.get("/")));
+    }
+
     fn next_generation(&self, change: impl FnOnce()) {
         let before = self.generation();
         change();
@@ -105,7 +110,7 @@ fn endpoints_change_under_load_without_a_failed_request() {
     load.stop();
     assert!(all[0].requests() + all[1].requests() <= settled + 8);
     assert_eq!(running.stat("http.web.downstream_rq_5xx"), 0);
-    assert_eq!(running.stat("cluster.app.update_success"), 5);
+    running.await_stat("cluster.app.update_success", 5);
 }
 
 #[test]
@@ -129,11 +134,12 @@ fn a_bad_update_is_refused_named_and_counted_and_the_old_one_serves() {
     assert_eq!(running.generation(), before);
     // A good update of another file goes through although this one is still bad.
     running.next_generation(|| replace(&running.file("rds.yaml"), &rds("missing")));
-    assert_eq!(running.client().get("/").status(), 503);
+    let mut client = running.client();
+    running.await_answer(&mut client, "no such cluster", |r| r.status() == 503);
     running.next_generation(|| replace(&running.file("rds.yaml"), &rds("app")));
-    assert_eq!(running.client().get("/").status(), 200);
+    running.await_answer(&mut client, "the old cluster again", |r| r.status() == 200);
     running.next_generation(|| replace(&running.file("eds.yaml"), &eds("2", &[])));
-    assert_eq!(running.client().get("/").text(), "no healthy upstream");
+    running.await_answer(&mut client, "no endpoints", |r| r.text() == "no healthy upstream");
 }
 
 /// Clients that send requests, each expecting 200, until they are told to stop.
@@ -251,11 +257,13 @@ fn routes_change_for_open_connections_and_clusters_come_and_go() {
     running.next_generation(|| replace(&running.file("cds.yaml"), &cds(running.folder.path(), &more)));
     // Written in place this time.
     running.next_generation(|| std::fs::write(running.file("rds.yaml"), rds("other")).unwrap());
-    assert_eq!(client.get("/").header("x-endpoint"), Some("b"));
+    running.await_answer(&mut client, "the other cluster", |r| {
+        r.header("x-endpoint") == Some("b")
+    });
     assert_eq!(running.stat("cluster_manager.active_clusters"), 2);
-    assert_eq!(running.stat("http.web.rds.routes.update_success"), 2);
+    running.await_stat("http.web.rds.routes.update_success", 2);
     running.next_generation(|| replace(&running.file("cds.yaml"), &cds(running.folder.path(), "")));
-    assert_eq!(client.get("/").status(), 503);
+    running.await_answer(&mut client, "its cluster is gone", |r| r.status() == 503);
     assert_eq!(running.stat("http.web.no_cluster"), 1);
 }
 
@@ -307,5 +315,8 @@ fn a_folder_swapped_by_symlink_is_noticed() {
         std::os::unix::fs::symlink("v2", running.file("fresh")).unwrap();
         std::fs::rename(running.file("fresh"), running.file("current")).unwrap();
     });
-    assert_eq!(running.client().get("/").header("x-endpoint"), Some("b"));
+    let mut client = running.client();
+    running.await_answer(&mut client, "the swapped folder", |r| {
+        r.header("x-endpoint") == Some("b")
+    });
 }
