@@ -1,10 +1,8 @@
 //! One client connection: wait for a request, serve it, and again.
 //!
 //! ```text
-//! next_request ─► route ─► forward ─► exchange ─► respond ─► count, log ─┐
-//!      ▲            └─ local reply ◄─┴─── fail         │       ▲         │
-//!      │                     └─────────────────────────┼───────┘         │
-//!      └───────────────────────────────────────────────┴─────────────────┘
+//! next_request ─► route ─► forward ─► exchange ─► respond ──┬─► count, log ─► next_request
+//!                    └──────────┴───────────┴─► local reply ─┘
 //! ```
 //! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `forward`
 //! picks endpoint and connection, `exchange` sends the request until a response head is there, `respond` passes the
