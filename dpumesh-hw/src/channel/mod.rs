@@ -16,6 +16,8 @@
 //! * **Trust** ([`trust`]): one authority per card, made by the operator; the dataplane's certificate names the card, the
 //!   agent's names the agent. Who has another certificate, or none, is refused in the handshake; whose certificate has another
 //!   name is refused with the name.
+//! * **Strangers** may open connections, but few, and a handshake has a deadline; an end that falls silent is noticed within
+//!   seconds by HTTP/2 pings, also while nothing is asked.
 //! * **Errors** travel whole, with effect and retry advice.
 //!
 //! # Why not a file or a UNIX socket
@@ -24,6 +26,7 @@
 
 mod client;
 mod codec;
+mod door;
 mod message;
 mod server;
 pub mod trust;

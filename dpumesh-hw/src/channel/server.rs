@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use dpumesh_core::Event;
 use futures_core::Stream;
@@ -12,10 +13,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::body::Body;
 use tonic::server::{Grpc, NamedService, ServerStreamingService, UnaryService};
-use tonic::transport::server::{Server, TcpConnectInfo, TlsConnectInfo};
+use tonic::transport::server::{Server, TlsConnectInfo};
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 use tower_service::Service;
@@ -23,12 +25,20 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::Dataplane;
 use super::codec::{Json, to_status};
+use super::door::{Caller, Door};
 use super::message::*;
 use super::trust::{Credentials, Party, TrustError};
 use super::{MAX_MESSAGE, causes};
 
 /// Events waiting for a slow agent.
 const EVENT_QUEUE: usize = 64;
+
+/// Longest TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Calls under way on one connection; an agent has a handful.
+const STREAMS: u32 = 256;
+/// A peer that answers no ping is gone after twice this.
+const PING: Duration = Duration::from_secs(10);
 
 /// The channel could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +53,9 @@ pub enum ServeError {
 
 /// Serves a dataplane until `shutdown` is ready; calls under way are finished first, event streams end.
 ///
+/// A TLS handshake may take five seconds. Of connections on which nobody has shown the agent's certificate and made a call,
+/// 32 are kept; one more closes the oldest of them.
+///
 /// # Errors
 /// The credentials are unusable, or the listener failed.
 pub async fn serve(
@@ -54,7 +67,8 @@ pub async fn serve(
     credentials.check()?;
     let tls = ServerTlsConfig::new()
         .identity(Identity::from_pem(&credentials.certificate, &credentials.key))
-        .client_ca_root(Certificate::from_pem(&credentials.authority));
+        .client_ca_root(Certificate::from_pem(&credentials.authority))
+        .timeout(HANDSHAKE);
     let (closing, closed) = watch::channel(());
     let service = DataplaneServer {
         agent: Party::Agent.name(&dataplane.info().dpu).into(),
@@ -66,11 +80,15 @@ pub async fn serve(
         shutdown.await;
         drop(closing);
     };
+    let mut door = Door::default();
+    let incoming = TcpListenerStream::new(listener).map(move |tcp| tcp.map(|tcp| door.enter(tcp)));
     Server::builder()
         .tls_config(tls)?
-        .http2_keepalive_interval(Some(std::time::Duration::from_secs(10)))
+        .max_concurrent_streams(STREAMS)
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(PING))
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+        .serve_with_incoming_shutdown(incoming, shutdown)
         .await?;
     Ok(())
 }
@@ -187,13 +205,16 @@ impl Service<http::Request<Body>> for DataplaneServer {
 
 /// The caller's certificate must carry the agent's name for this card.
 fn check_peer(request: &http::Request<Body>, agent: &str) -> Result<(), Status> {
-    let info = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
+    let info = request.extensions().get::<TlsConnectInfo<Caller>>();
     let certificates = info.and_then(TlsConnectInfo::peer_certs);
     let Some(certificate) = certificates.as_ref().and_then(|chain| chain.first()) else {
         return Err(Status::unauthenticated("the channel needs a client certificate"));
     };
     let names = names(certificate.as_ref());
     if names.iter().any(|name| name == agent) {
+        if let Some(info) = info {
+            info.get_ref().make_known();
+        }
         return Ok(());
     }
     Err(Status::permission_denied(format!(
