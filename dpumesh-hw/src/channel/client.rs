@@ -15,6 +15,8 @@ use dpumesh_core::{
 use http::uri::PathAndQuery;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use tonic::client::Grpc;
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -25,9 +27,13 @@ use super::message::*;
 use super::trust::{Credentials, Party, TrustError};
 use super::{Dataplane, MAX_MESSAGE, causes};
 use crate::dataplane::EngineStats;
+use crate::events::{EventHub, HubStream};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// How often the other side is pinged, asked something or not, and how long its answer may take: a SoC that lost power says
+/// no goodbye.
+const PING: Duration = Duration::from_secs(5);
 
 /// A dataplane at the other end of a channel; clones share what it said of itself last.
 ///
@@ -37,6 +43,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 pub struct DataplaneClient {
     channel: Channel,
     hello: Arc<RwLock<Hello>>,
+    /// Where it was connected: subscriptions run there.
+    runtime: Handle,
 }
 
 /// No channel to the dataplane.
@@ -105,7 +113,10 @@ impl DataplaneClient {
                 error,
             })?
             .connect_timeout(DEADLINE)
-            .timeout(DEADLINE);
+            .timeout(DEADLINE)
+            .http2_keep_alive_interval(PING)
+            .keep_alive_timeout(PING)
+            .keep_alive_while_idle(true);
         let channel = endpoint.connect().await.map_err(|error| ConnectError::Connect {
             dpu: dpu.clone(),
             address: address.to_owned(),
@@ -121,6 +132,7 @@ impl DataplaneClient {
         Ok(Self {
             channel,
             hello: Arc::new(RwLock::new(hello)),
+            runtime: Handle::current(),
         })
     }
 
@@ -248,9 +260,15 @@ impl Dataplane for DataplaneClient {
         self.ask("channel.stats", call::STATS, Empty {}).await
     }
 
+    /// Subscribes at once, without waiting for it: what happens before the request has crossed the channel is not told.
+    /// [`DataplaneClient::subscribe`] waits, and says why when it fails; here a subscription that failed is logged
+    /// and is a stream that has ended, as one whose connection was lost. Events queue here as in an
+    /// [`EventHub`](crate::events::EventHub): in order, the oldest lost first and told as [`Event::Overflowed`].
     fn events(&self) -> Box<dyn EventStream> {
-        let client = self.clone();
-        Box::new(LazyEvents { client, events: None })
+        let hub = EventHub::default();
+        let events = hub.subscribe();
+        let task = self.runtime.spawn(forward(self.clone(), hub));
+        Box::new(Subscription { events, task })
     }
 }
 
@@ -308,7 +326,7 @@ impl FlowSteering for DataplaneClient {
     }
 }
 
-/// Events from the other side; ends when the connection does.
+/// Events from the other side; ends when the connection does, at the latest ten seconds after the other side fell silent.
 #[derive(Debug)]
 pub struct RemoteEvents {
     stream: Option<Streaming<Event>>,
@@ -328,19 +346,34 @@ impl EventStream for RemoteEvents {
     }
 }
 
-/// Subscribes at the first wait.
+/// Hands on what the other side tells; the hub's stream ends with it.
+async fn forward(client: DataplaneClient, hub: EventHub) {
+    match client.subscribe().await {
+        Ok(mut events) => {
+            while let Some(event) = events.next().await {
+                hub.raise(&event);
+            }
+        }
+        Err(error) => tracing::warn!(%error, "no events: the subscription failed"),
+    }
+}
+
+/// A subscription that is kept read out by a task of its own.
 #[derive(Debug)]
-struct LazyEvents {
-    client: DataplaneClient,
-    events: Option<RemoteEvents>,
+struct Subscription {
+    events: HubStream,
+    task: JoinHandle<()>,
 }
 
 #[async_trait]
-impl EventStream for LazyEvents {
+impl EventStream for Subscription {
     async fn next(&mut self) -> Option<Event> {
-        if self.events.is_none() {
-            self.events = Some(self.client.subscribe().await.ok()?);
-        }
-        self.events.as_mut()?.next().await
+        self.events.next().await
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
