@@ -26,8 +26,9 @@ use dpumesh_hw::events::EventHub;
 use dpumesh_hw::memory::{MemoryBackend, MemoryCard};
 use dpumesh_hw::stream::IngressPort;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -274,6 +275,11 @@ async fn the_agent_does_everything_as_if_the_dataplane_were_here() {
     };
     client.attach(fence, &attachment).await.expect("attached");
     client.attach(fence, &attachment).await.expect("the same again");
+    client
+        .steering()
+        .set_miss_policy(fence, lease.port, MissPolicy::Drop)
+        .await
+        .expect("set");
     let stats = client.stats().await.expect("read");
     assert_eq!(stats, served.node.stats().await.expect("read"));
     assert!(stats.ports.contains_key(&lease.port));
@@ -563,6 +569,168 @@ async fn another_cards_agent_is_refused_by_name_even_under_one_authority() {
         words.contains("not valid for name \"dpu1.dataplane.dpumesh\""),
         "{words}"
     );
+}
+
+#[tokio::test]
+async fn silent_strangers_are_closed_and_do_not_keep_the_agent_out() {
+    let served = Served::start().await;
+    let before = served.client().await; // known: it stays whoever comes
+    let mut strangers = Vec::new();
+    for _ in 0..40 {
+        strangers.push(TcpStream::connect(served.address).await.expect("let in"));
+    }
+    let started = Instant::now();
+    let client = served.client().await;
+    client.refresh().await.expect("answered");
+    before.refresh().await.expect("answered");
+    // Forty are more than may stay: the oldest are closed at once, the others when their handshake is overdue.
+    for (index, stranger) in strangers.iter_mut().enumerate() {
+        let closed = tokio::time::timeout(Duration::from_secs(10), stranger.read(&mut [0; 64])).await;
+        let read = closed.expect("closed in time");
+        assert!(
+            matches!(read, Ok(0) | Err(_)),
+            "stranger {index} was told something"
+        );
+        if index == 7 {
+            assert!(
+                started.elapsed() < Duration::from_secs(4),
+                "{:?}",
+                started.elapsed()
+            );
+        }
+    }
+    client.refresh().await.expect("still there");
+}
+
+/// A wire to a dataplane that goes dead when `cut` changes: connections stay open and nothing passes any more.
+async fn wire_to(served: &Served, cut: watch::Receiver<bool>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (address, far) = (listener.local_addr().expect("bound"), served.address);
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut cut = cut.clone();
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(far).await.expect("connected");
+                let mut alone = cut.clone();
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+                    _ = cut.wait_for(|cut| *cut) => {}
+                }
+                let _ = alone.wait_for(|cut| !*cut).await; // held until the test is over
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_soc_that_falls_silent_is_noticed_though_nothing_is_asked() {
+    let served = Served::start().await;
+    let (cut, is_cut) = watch::channel(false);
+    let address = wire_to(&served, is_cut).await;
+    let client = DataplaneClient::connect(&address.to_string(), &dpu(), &served.agent())
+        .await
+        .expect("admitted");
+    let mut events = client.subscribe().await.expect("subscribed");
+    cut.send(true).expect("the wire is there");
+    let next = tokio::time::timeout(Duration::from_secs(20), events.next()).await;
+    assert_eq!(next.expect("noticed"), None, "the stream ends");
+}
+
+#[tokio::test]
+async fn a_subscription_through_the_trait_begins_at_once() {
+    let mut served = Served::start().await;
+    let client = served.client().await;
+    let mut events = client.events();
+    // One that was asked for later has begun: so has the first, for requests of one connection are served in order.
+    let mut later = client.subscribe().await.expect("subscribed");
+    let event = |up| Event::Link {
+        port: PortRef::Uplink(0),
+        up,
+    };
+    let started = Instant::now();
+    let mut raised = 0;
+    // Nobody waits on `events` yet; what is raised is kept.
+    while raised < 100 {
+        served.node.events.raise(&event(raised % 2 == 0));
+        assert_eq!(later.next().await, Some(event(raised % 2 == 0)));
+        raised += 1;
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
+    for index in 0..raised {
+        assert_eq!(events.next().await, Some(event(index % 2 == 0)));
+    }
+    served.stop().await;
+    assert_eq!(events.next().await, None);
+    // Nobody is there to subscribe to: a stream that has ended.
+    assert_eq!(client.events().next().await, None);
+}
+
+#[test]
+fn certificates_begin_a_day_ago_and_end() {
+    let validity = |pem: &str| {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).expect("PEM");
+        let validity = pem.parse_x509().expect("a certificate").validity().clone();
+        (validity.not_before.timestamp(), validity.not_after.timestamp())
+    };
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs() as i64;
+    let day = 24 * 60 * 60;
+    let about = |(from, until): (i64, i64), days: i64| {
+        let late = [from - (now - day), until - (now + days * day)];
+        assert!(
+            late.iter().all(|seconds| (0..60).contains(seconds)),
+            "{late:?} s late"
+        );
+    };
+    let authority = Authority::new(dpu()).expect("a name");
+    let agent = authority.issue(Party::Agent).expect("issued");
+    about(validity(&agent.authority), 3653);
+    about(validity(&agent.certificate), 365);
+    let week = Duration::from_secs(7 * 24 * 60 * 60);
+    let short = Authority::lasting(dpu(), week).expect("a name");
+    about(
+        validity(&short.issue(Party::Agent).expect("issued").certificate),
+        7,
+    );
+    let shorter = short.issue_lasting(Party::Agent, week / 7).expect("issued");
+    about(validity(&shorter.certificate), 1);
+    for lifetime in [Duration::ZERO, Duration::MAX] {
+        let refused = short.issue_lasting(Party::Agent, lifetime).expect_err("refused");
+        assert!(matches!(refused, TrustError::Lifetime(_)), "{refused}");
+        assert!(Authority::lasting(dpu(), lifetime).is_err());
+    }
+}
+
+#[test]
+fn a_key_that_others_may_read_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new(dpu()).expect("a name");
+    let credentials = authority.issue(Party::Agent).expect("issued");
+    credentials.write(folder.path()).expect("written");
+    let key = folder.path().join("key.pem");
+    for (mode, good) in [
+        (0o640, false),
+        (0o604, false),
+        (0o620, false),
+        (0o400, true),
+        (0o600, true),
+    ] {
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(mode)).expect("changed");
+        match Credentials::read(folder.path()) {
+            Ok(_) => assert!(good, "{mode:o}"),
+            Err(error) => {
+                let words = error.to_string();
+                assert!(!good && words.contains("key.pem"), "{words}");
+                assert!(
+                    words.contains(&format!("{mode:04o}")) && words.contains("chmod 600"),
+                    "{words}"
+                );
+            }
+        }
+    }
 }
 
 const HELLO: &str = "/dpumesh.channel.v1.Dataplane/Hello";
