@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use dpumesh_cni::rules;
 use dpumesh_core::DpuId;
 use dpumesh_examples::capture::{Capture, Captured, Datagram, Frame};
 use dpumesh_examples::children::Process;
@@ -20,7 +21,6 @@ use dpumesh_hw::channel::trust::{Authority, Credentials, Party};
 use dpumesh_hw::netlink::{LinkChange, Netlink, Snapshot};
 use serde::de::DeserializeOwned;
 
-use super::agent;
 use super::mesh::{HTTP_PORT, SERVICE_PORT, TCP_PORT, http_service, tcp_service};
 use super::node::{POD_INTERFACE, Result, RunningPod, WIRE};
 use super::reload;
@@ -333,7 +333,7 @@ fn too_big_sent(world: &World) -> Result<u64> {
 /// HTTP across nodes, going on while the scenario kills or breaks something. Returns once it really is.
 pub(crate) fn load(world: &World) -> Result<Background> {
     let service = SocketAddr::new(http_service(false), SERVICE_PORT).to_string();
-    let before = world.counted(0, agent::intercept(&world.client().pod))?;
+    let before = world.counted(0, rules::intercept(&world.client().pod))?;
     let load = Background::start(
         world,
         &[
@@ -350,7 +350,7 @@ pub(crate) fn load(world: &World) -> Result<Background> {
         ],
     )?;
     let begun = Instant::now();
-    while world.counted(0, agent::intercept(&world.client().pod))? < before + 500 {
+    while world.counted(0, rules::intercept(&world.client().pod))? < before + 500 {
         ensure(begun.elapsed() < PATIENCE, || "the load did not begin".to_owned())?;
     }
     Ok(load)

@@ -9,14 +9,12 @@
 //!
 //! | file | story |
 //! |---|---|
-//! | `node` | namespaces, links, cards, processes, pods |
-//! | `agent` | the steering rules that follow from the pods |
+//! | `node` | namespaces, links, cards, processes, pods; the rules that follow are [`dpumesh_cni::rules`] |
 //! | `mesh` | what the proxies are told |
 //! | `scenarios` | what has to be shown |
 //! | `faults`, `reload` | what has to be survived |
 //! | `figures` | what is measured |
 
-mod agent;
 mod faults;
 mod figures;
 mod mesh;

@@ -13,9 +13,8 @@
 use std::net::IpAddr;
 use std::path::Path;
 
+use dpumesh_cni::rules::Pod;
 use serde_json::{Value, json};
-
-use super::agent::Pod;
 
 /// Port of the pods' HTTP servers.
 pub(crate) const HTTP_PORT: u16 = 8080;

@@ -16,6 +16,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dpumesh_cni::rules::{self, GATEWAY, Network, Pod};
 use dpumesh_core::steering::{Atomicity, Owner, SteeringRule};
 use dpumesh_core::vf::{Attachment as VfAttachment, VfConfig, VfLease, VfRequest};
 use dpumesh_core::{BackendExt, DpuId, FlowSteeringExt, MacAddr, Mtu, PfIndex, Role, Vni};
@@ -28,7 +29,6 @@ use dpumesh_tap::{Mode, Profile, TapBackend, TapOptions, VfKind};
 use ipnet::IpNet;
 use tokio::runtime::Runtime;
 
-use super::agent::{self, GATEWAY, Network, Pod};
 use super::mesh;
 
 /// Anything that keeps a node from working; said once, with what was tried.
@@ -166,7 +166,7 @@ impl Nodes {
     pub(crate) fn apply_rules(&self) -> Result<()> {
         let pods = self.pods();
         for node in &self.all {
-            node.apply(agent::rules(node.index, &pods, &self.network))?;
+            node.apply(rules::rules(node.index, &pods, &self.network))?;
         }
         Ok(())
     }
@@ -211,7 +211,7 @@ impl Nodes {
         for running in &node.pods {
             node.attach(running)?;
         }
-        node.apply(agent::rules(index, &pods, &self.network))
+        node.apply(rules::rules(index, &pods, &self.network))
     }
 }
 

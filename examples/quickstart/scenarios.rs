@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dpumesh_cni::rules::{self, GATEWAY};
 use dpumesh_core::steering::{
     Action, Atomicity, Batch, Cookie, IpMatch, Operation, Owner, Pattern, Placement, Priority, SteeringRule,
 };
@@ -21,7 +22,6 @@ use dpumesh_hw::channel::Dataplane;
 use dpumesh_hw::netns::Namespace;
 use serde::de::DeserializeOwned;
 
-use super::agent::{self, GATEWAY};
 use super::faults::ways_around;
 use super::mesh::{HTTP_PORT, SERVICE_PORT, TCP_PORT, http_service, tcp_service};
 use super::node::{Nodes, POD_INTERFACE, Result, RunningPod, WIRE};
@@ -174,10 +174,10 @@ pub(crate) fn all_from(
 
 fn same_node(world: &mut World) -> Result<String> {
     let (client, server) = (world.client(), world.nodes.pod(0, 1));
-    let punted = world.counted(0, agent::intercept(&client.pod))?;
+    let punted = world.counted(0, rules::intercept(&client.pod))?;
     let summary = world.get("local", 200, &[])?;
     all_from(&summary, 200, server, client)?;
-    let punted = world.counted(0, agent::intercept(&client.pod))? - punted;
+    let punted = world.counted(0, rules::intercept(&client.pod))? - punted;
     ensure(punted >= 200, || {
         format!("only {punted} packets of the client went to the proxy")
     })?;
@@ -413,13 +413,13 @@ fn without_proxy(world: &mut World) -> Result<String> {
         })?;
         answered += udp.answered + icmp.answered;
     }
-    let before = world.counted(0, agent::other_udp(&client.pod))?;
+    let before = world.counted(0, rules::other_udp(&client.pod))?;
     let target = SocketAddr::new(far[0], CLOSED_UDP).to_string();
     let closed: Answers = world.play(
         &client.namespace,
         &["udp-send", &target, "--count", "5", "--timeout-ms", "100"],
     )?;
-    let dropped = world.counted(0, agent::other_udp(&client.pod))? - before;
+    let dropped = world.counted(0, rules::other_udp(&client.pod))? - before;
     ensure(closed.answered == 0 && dropped == 5, || {
         format!(
             "of 5 datagrams to a closed port {} were answered and {dropped} counted as dropped",

@@ -1,9 +1,9 @@
-//! The node agent's part: which pod has which VF, and the steering rules that follow from it.
+//! The steering rules of a node: a pure function of what is known about its pods and its network.
 //!
-//! A card may have no more than four priorities ([`INTERCEPT`] to [`REST`]), so that is all they use.
-//!
-//! The rules of a node are a pure function of what is known about pods ([`rules`]); applying them is a difference, add
-//! before remove. With one exception they say the same for every pod:
+//! [`rules`] says what shall be installed; applying it is a difference, add before remove
+//! ([`dpumesh_core::FlowSteeringExt::replace`]). A card may have no more than four priorities, so that is all that the
+//! rules use: what must reach the proxy or comes from it, what the network sends past it, what pods send each other past
+//! it, and the rest that is counted. They say the same for every pod:
 //!
 //! | from | what | goes |
 //! |---|---|---|
@@ -24,29 +24,59 @@ use dpumesh_core::steering::{
 use dpumesh_core::{MacAddr, PortRef, Vni};
 
 /// A pod as every node knows it.
+///
+/// ```
+/// use dpumesh_cni::rules::{Network, Pod, intercept, rules};
+/// use dpumesh_core::{MacAddr, PortRef};
+///
+/// let pod = |name: &str, node, address: &str| Pod {
+///     name: name.to_owned(),
+///     node,
+///     port: PortRef::vf(0),
+///     mac: "02:00:00:00:00:01".parse().expect("a MAC"),
+///     addresses: vec![address.parse().expect("an address")],
+/// };
+/// let pods = [pod("shop/web", 0, "10.244.1.1"), pod("shop/db", 1, "10.244.2.1")];
+/// let network = Network::Underlay { macs: vec![MacAddr([2, 0, 0, 0, 0, 7]), MacAddr([2, 0, 0, 0, 0, 8])] };
+/// let rules = rules(0, &pods, &network);
+/// assert!(rules.iter().any(|rule| rule.cookie == intercept(&pods[0])));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Pod {
-    pub(crate) name: String,
-    pub(crate) node: usize,
-    pub(crate) port: PortRef,
-    pub(crate) mac: MacAddr,
-    pub(crate) addresses: Vec<IpAddr>,
+pub struct Pod {
+    /// Its name, for people.
+    pub name: String,
+    /// Which node it runs on: an index into [`Network`]'s lists.
+    pub node: usize,
+    /// Its VF; read for pods of this node only.
+    pub port: PortRef,
+    /// The VF's MAC; read for pods of this node only.
+    pub mac: MacAddr,
+    /// Its addresses, of either family; no other pod has one of them.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// How packets get from node to node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Network {
+pub enum Network {
     /// In VXLAN between tunnel endpoints, by node.
-    Overlay { vteps: Vec<IpAddr>, vni: Vni },
+    Overlay {
+        /// Each node's tunnel endpoint, by number of the node.
+        vteps: Vec<IpAddr>,
+        /// Number of the pods' network.
+        vni: Vni,
+    },
     /// As they are, between these MACs, by node.
-    Underlay { macs: Vec<MacAddr> },
+    Underlay {
+        /// MAC of each node's uplink, by number of the node.
+        macs: Vec<MacAddr>,
+    },
 }
 
 /// MAC of the router that every pod sees.
-pub(crate) const GATEWAY: MacAddr = MacAddr([0x02, 0xd7, 0, 0, 0, 0xfe]);
+pub const GATEWAY: MacAddr = MacAddr([0x02, 0xd7, 0, 0, 0, 0xfe]);
 
 /// UDP ports that pods may reach without the proxy: echo and DNS.
-pub(crate) const UDP_PORTS: [u16; 2] = [7, 53];
+pub const UDP_PORTS: [u16; 2] = [7, 53];
 
 /// What must reach the proxy, what comes from it, what comes from the network for a local pod, and the way out of the
 /// tunnel.
@@ -64,12 +94,12 @@ const STACK: PortRef = PortRef::Stack(0);
 const INNER: Group = Group(1);
 
 /// Cookie of the rule that drops and counts a pod's UDP that no other rule forwards.
-pub(crate) fn other_udp(pod: &Pod) -> Cookie {
+pub fn other_udp(pod: &Pod) -> Cookie {
     Cookie((0xd0 << 64) | u128::from(vf_number(pod)))
 }
 
 /// Cookie of the rule that hands a pod's TCP to the proxy.
-pub(crate) fn intercept(pod: &Pod) -> Cookie {
+pub fn intercept(pod: &Pod) -> Cookie {
     Cookie((0xc0 << 64) | u128::from(vf_number(pod)))
 }
 
@@ -80,8 +110,11 @@ fn vf_number(pod: &Pod) -> u16 {
     }
 }
 
-/// The rules of node `here`.
-pub(crate) fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> {
+/// The rules of node `here` for the pods of all nodes.
+///
+/// # Panics
+/// When `here`, or the node of a pod, has no entry in the network's lists.
+pub fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> {
     let mut rules = Rules {
         here,
         network,

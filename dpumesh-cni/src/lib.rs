@@ -1,0 +1,14 @@
+//! What runs on a host: the CNI plugin `istio-dpu-cni` and the node agent `istio-dpu-agent`.
+//!
+//! ```text
+//! runtime ─ CNI: environment, JSON ─► istio-dpu-cni ─ UNIX socket ─► istio-dpu-agent ─┬─ VfAllocator: the VF into the pod
+//!                                        │                                            └─ channel: policy, rules ─► dpu-dataplane
+//!                                        └─ delegated IPAM, addresses and routes in the pod
+//! ```
+//!
+//! | module | story |
+//! |---|---|
+//! | [`rules`] | the steering rules of a node, a pure function of its pods and its network |
+#![forbid(unsafe_code)]
+
+pub mod rules;
