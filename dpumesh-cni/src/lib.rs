@@ -8,7 +8,13 @@
 //!
 //! | module | story |
 //! |---|---|
+//! | [`protocol`] | CNI as data: what a runtime says and is answered |
+//! | [`plugin`] | one call of a runtime, carried out |
+//! | [`talk`] | what plugin and agent say to each other |
 //! | [`rules`] | the steering rules of a node, a pure function of its pods and its network |
 #![forbid(unsafe_code)]
 
+pub mod plugin;
+pub mod protocol;
 pub mod rules;
+pub mod talk;
