@@ -103,6 +103,14 @@ pub fn intercept(pod: &Pod) -> Cookie {
     Cookie((0xc0 << 64) | u128::from(vf_number(pod)))
 }
 
+/// Number by which the proxy knows a pod's port; not 0, and another for each port of a card.
+pub fn ingress(pod: &Pod) -> u32 {
+    match pod.port {
+        PortRef::Vf { pf, vf, .. } => (u32::from(pf.0) << 16) + u32::from(vf.0) + 1,
+        _ => u32::MAX - 1,
+    }
+}
+
 fn vf_number(pod: &Pod) -> u16 {
     match pod.port {
         PortRef::Vf { vf, .. } => vf.0,
@@ -118,7 +126,6 @@ pub fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> 
     let mut rules = Rules {
         here,
         network,
-        next: 1,
         all: Vec::new(),
     };
     rules.tunnel_exit();
@@ -138,17 +145,29 @@ pub fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> 
     rules.all
 }
 
+/// A rule's name is made from what it matches, and so of whom it speaks: a pod that joins or leaves renames no other pod's
+/// rules, and a rule that shall do something else with the same packets keeps its name, so that a difference exchanges the
+/// two in one place instead of having both at once.
+fn cookie_of(group: Group, priority: u32, pattern: &Pattern) -> Cookie {
+    // FNV-1a, 128 bits (draft-eastlake-fnv): the same in every release and on every machine.
+    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    // A pattern is plain data: its JSON exists, and differs when it does.
+    let text = serde_json::to_vec(&(group, priority, pattern)).unwrap_or_default();
+    Cookie(text.iter().fold(BASIS, |hash, octet| {
+        (hash ^ u128::from(*octet)).wrapping_mul(PRIME)
+    }))
+}
+
 struct Rules<'a> {
     here: usize,
     network: &'a Network,
-    next: u128,
     all: Vec<SteeringRule>,
 }
 
 impl Rules<'_> {
     fn add(&mut self, group: Group, priority: u32, pattern: Pattern, actions: Vec<Action>) {
-        let cookie = Cookie(self.next);
-        self.next += 1;
+        let cookie = cookie_of(group, priority, &pattern);
         self.add_as(cookie, group, priority, pattern, actions);
     }
 
@@ -390,6 +409,44 @@ mod tests {
                     rule.check().unwrap_or_else(|error| panic!("{rule:?}: {error}"));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_pod_that_leaves_renames_no_other_pods_rules() {
+        let network = Network::Underlay {
+            macs: vec![GATEWAY; 2],
+        };
+        let all = rules(0, &pods(), &network);
+        for gone in 0..3 {
+            let mut rest = pods();
+            let gone = rest.remove(gone);
+            let left = rules(0, &rest, &network);
+            assert!(
+                left.iter().all(|rule| all.contains(rule)),
+                "without {}",
+                gone.name
+            );
+            assert!(left.len() < all.len());
+        }
+    }
+
+    #[test]
+    fn an_address_that_moves_keeps_the_names_of_the_rules_to_it() {
+        let network = Network::Underlay {
+            macs: vec![GATEWAY; 2],
+        };
+        let before = rules(1, &pods(), &network); // from there, `a` is remote
+        let mut moved = pods();
+        moved[0].node = 1;
+        moved[0].port = PortRef::vf(9);
+        let after = rules(1, &moved, &network);
+        // Two rules of one match with different actions must never be installed at once.
+        for rule in &after {
+            let twin = before.iter().find(|other| {
+                (other.group, other.priority, &other.pattern) == (rule.group, rule.priority, &rule.pattern)
+            });
+            assert!(twin.is_none_or(|twin| twin.cookie == rule.cookie), "{rule:?}");
         }
     }
 
