@@ -25,6 +25,8 @@ use serde_json::Value;
 use crate::protocol::{AddResult, Environment, Error, Interface, NetConf, Verb, Version, code, versions};
 use crate::talk::{Answer, Ask, Attach, Attached, AttachmentKey, PodName};
 use agent::Agent;
+#[cfg(feature = "agent")]
+pub(crate) use agent::DELETED;
 use ipam::Ipam;
 
 /// Longest configuration read, octets.
