@@ -248,6 +248,10 @@ impl Node {
         if addresses.is_empty() {
             return Err(Error::new(code::CONFIG, "a pod needs at least one address"));
         }
+        if let Some(address) = addresses.iter().find(|address| !is_pods(**address)) {
+            let message = format!("{address} cannot be a pod's address");
+            return Err(Error::new(code::CONFIG, message).details("IPAM must give unicast addresses"));
+        }
         if let Some((address, other)) = self.taken(key, &addresses) {
             let message = format!("{address} is {other}'s already");
             return Err(
@@ -619,6 +623,12 @@ impl Node {
     pub(super) fn write(&self, record: Record) -> Result<(), Error> {
         self.journal().put(record).map_err(|error| unwritten(&error))
     }
+}
+
+/// An address that one machine may have on a network.
+fn is_pods(address: IpAddr) -> bool {
+    let broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+    !(address.is_multicast() || address.is_unspecified() || address.is_loopback() || broadcast)
 }
 
 /// The pod of a record that has been in place.

@@ -181,6 +181,7 @@ impl Conversation {
             Ask::Attach(ask) => Some(ask.key.clone()),
             _ => None,
         };
+        let ended = matches!(&ask, Ask::Detach { key } if Some(key) == self.unfinished.as_ref());
         let node = Arc::clone(&self.node);
         let mut work = tokio::spawn(async move { node.handle(ask, gone).await });
         let mut octet = [0];
@@ -199,6 +200,8 @@ impl Conversation {
         let answer = done.map_err(|_| io::Error::other("the agent's work broke off"))?;
         if matches!(answer, Answer::Attached(_)) {
             self.unfinished = started;
+        } else if ended && answer == Answer::Done {
+            self.unfinished = None;
         }
         match closed {
             Some(why) => Err(why),

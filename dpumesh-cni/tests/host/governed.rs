@@ -1,0 +1,113 @@
+//! Attached means closed: an agent as a library, with a governor that a test can open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use dpumesh_cni::agent::{
+    AgentSocket, DataplaneAddress, GovernedPod, Governor, GovernorError, Journal, LocalNetwork, Node,
+    NodeOptions, Peers, Ungoverned, keep_connected,
+};
+use dpumesh_core::{BackendExt, DpuId, PfIndex, Vni};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+use crate::world::{Pod, World, address, eventually, ping};
+
+/// Governs every pod from the moment it is opened.
+#[derive(Debug)]
+struct Gate {
+    open: watch::Receiver<bool>,
+}
+
+#[async_trait]
+impl Governor for Gate {
+    async fn governed(&self, pod: &GovernedPod) -> Result<(), GovernorError> {
+        assert_eq!((pod.pod.namespace.as_str(), pod.addresses.len()), ("shop", 1));
+        let mut open = self.open.clone();
+        let opened = open.wait_for(|open| *open).await;
+        opened
+            .map(drop)
+            .map_err(|_| GovernorError("the gate is gone".to_owned()))
+    }
+
+    async fn forget(&self, _: &GovernedPod) {}
+}
+
+pub(crate) fn a_pod_is_closed_until_it_is_governed() {
+    let world = World::without_agent(1);
+    let runtime = world.runtime("1.0.0");
+    let (gate, open) = watch::channel(false);
+    {
+        let _agent = agent(&world, open.clone(), Ungoverned::Refuse);
+        let pod = Pod::new("a");
+        let error = pod.add(&runtime).expect_err("not governed");
+        assert_eq!(error["code"], 11);
+        assert!(
+            error["msg"].as_str().expect("a text").contains("shop/pod-a"),
+            "{error}"
+        );
+        assert_eq!(pod.links(), ["lo"]);
+        world.assert_empty();
+    }
+    let _agent = agent(&world, open, Ungoverned::Closed);
+    let (a, b) = (Pod::new("a"), Pod::new("b"));
+    let from = address(&a.add(&runtime).expect("added, closed"));
+    let to = address(&b.add(&runtime).expect("added, closed"));
+    assert!(!ping(&a, to) && !ping(&b, from), "closed");
+    gate.send_replace(true);
+    eventually("the gate is open", || ping(&a, to) && ping(&b, from));
+    for pod in [&a, &b] {
+        pod.del(&runtime, None).expect("deleted");
+    }
+    world.assert_empty();
+}
+
+/// An agent in this process; its connections leave from the host's namespace.
+fn agent(world: &World, open: watch::Receiver<bool>, ungoverned: Ungoverned) -> Runtime {
+    let host = world.host.try_clone().expect("a handle");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .on_thread_start(move || host.enter_thread().expect("entered"))
+        .build()
+        .expect("a runtime");
+    let card = Arc::new(world.card());
+    let options = NodeOptions {
+        network: LocalNetwork::Overlay {
+            vtep: world.vtep(),
+            vni: Vni::try_from(42).expect("24 bits"),
+        },
+        govern_within: Duration::from_millis(300),
+        ungoverned,
+        dataplane_within: Duration::from_secs(8),
+    };
+    let journal = Journal::open(&world.path("state")).expect("a journal");
+    let node = Arc::new(Node::new(
+        Arc::<dpumesh_tap::TapBackend>::clone(&card) as _,
+        Arc::new(Gate { open }),
+        journal,
+        Peers::default(),
+        options,
+    ));
+    let address = DataplaneAddress {
+        address: world.channel(),
+        dpu: DpuId(world.dpu()),
+        credentials: world.credentials(),
+    };
+    let path = world.socket();
+    let (served, ready) = std::sync::mpsc::channel();
+    runtime.spawn(async move {
+        let vf = card.require_vf().expect("VFs");
+        vf.set_vf_count(card.fence(), PfIndex(0), 4).await.expect("VFs");
+        node.recover().await.expect("recovered");
+        tokio::spawn(keep_connected(Arc::clone(&node), address));
+        let socket = AgentSocket::bind(&path).expect("a socket");
+        served.send(()).expect("the test waits");
+        socket.serve(node, std::future::pending()).await;
+    });
+    ready
+        .recv_timeout(Duration::from_secs(20))
+        .expect("the agent serves");
+    runtime
+}
