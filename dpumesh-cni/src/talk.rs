@@ -8,13 +8,16 @@
 //! One connection carries the asks of one call of the plugin, one after the other. **An ADD is one conversation**: when the
 //! connection ends between `attach` and the answer to `bind`, the agent undoes the attachment, whatever became of the plugin.
 //!
+//! A DEL while no agent answers leaves a **note**, an empty file `deleted/<container>@<interface>` beside the socket
+//! ([`note_of`]). The agent reads notes before it serves anybody, and removes each when its work is done.
+//!
 //! Both programs come from one package but are replaced at different moments, so each frame names its version. An agent
 //! answers every version from [`VERSION_MIN`]; a plugin that is answered in a version it does not speak says so. Unknown
 //! fields are refused: a field that one side relies on must not be dropped by the other in silence.
 
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dpumesh_core::pci::PciAddress;
 use dpumesh_core::{DpuId, MacAddr, Mtu, PortRef};
@@ -29,6 +32,26 @@ pub const VERSION: u32 = 1;
 pub const VERSION_MIN: u32 = 1;
 /// Longest body, octets.
 pub const MAX_BODY: usize = 256 << 10;
+
+/// Where DELs wait for an agent that is away.
+pub fn notes_of(socket: &Path) -> PathBuf {
+    socket.with_file_name("deleted")
+}
+
+/// The note that this attachment is to be taken away.
+pub fn note_of(socket: &Path, key: &AttachmentKey) -> PathBuf {
+    // Neither a container id nor an interface name holds `/`, and the former no `@`.
+    notes_of(socket).join(format!("{}@{}", key.container, key.ifname))
+}
+
+/// The attachment that a note speaks of.
+pub fn key_of(note: &Path) -> Option<AttachmentKey> {
+    let (container, ifname) = note.file_name()?.to_str()?.split_once('@')?;
+    Some(AttachmentKey {
+        container: container.to_owned(),
+        ifname: ifname.to_owned(),
+    })
+}
 
 /// Which attachment: a container's interface.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -286,6 +309,17 @@ mod tests {
         assert_eq!(read::<Ask>(&mut from).expect("sound"), Some(ask()));
         assert_eq!(read::<Ask>(&mut from).expect("sound"), Some(ask()));
         assert_eq!(read::<Ask>(&mut from).expect("ended"), None);
+    }
+
+    #[test]
+    fn a_note_names_its_attachment() {
+        let Ask::Bind { key, .. } = ask() else {
+            panic!("a bind");
+        };
+        let note = note_of(Path::new("/run/dpumesh/agent.sock"), &key);
+        assert_eq!(note, Path::new("/run/dpumesh/deleted/c1@eth0"));
+        assert_eq!(key_of(&note), Some(key));
+        assert_eq!(key_of(Path::new("/run/dpumesh/deleted/.swp")), None);
     }
 
     #[test]

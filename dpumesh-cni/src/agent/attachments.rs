@@ -411,7 +411,7 @@ impl Node {
             return self.forget(record).await;
         };
         if record.is_admitted() {
-            self.reconcile().await.map_err(|error| refused(&error))?;
+            self.reconcile_within().await?;
         }
         let vf = self.card.require_vf().map_err(|error| refused(&error))?;
         let released = vf.release(self.card.fence(), lease, ResetLevel::Config).await;
@@ -588,18 +588,20 @@ impl Node {
 
     /// Reconciles for the sake of one attachment.
     async fn told(&self, key: &AttachmentKey) -> Result<(), Error> {
-        let told = tokio::time::timeout(self.options.dataplane_within, self.reconcile()).await;
-        let told = told.map_err(|_| {
-            let message = format!(
-                "the dataplane did not answer within {:?}",
-                self.options.dataplane_within
-            );
-            Error::new(code::TRY_AGAIN, message)
-        })?;
-        match told.map_err(|error| refused(&error))?.remove(key) {
+        match self.reconcile_within().await?.remove(key) {
             Some(error) => Err(refused(&error)),
             None => Ok(()),
         }
+    }
+
+    async fn reconcile_within(&self) -> Result<Unopened, Error> {
+        let within = self.options.dataplane_within;
+        let told = tokio::time::timeout(within, self.reconcile()).await;
+        let told = told.map_err(|_| {
+            let message = format!("the dataplane did not answer within {within:?}");
+            Error::new(code::TRY_AGAIN, message)
+        })?;
+        told.map_err(|error| refused(&error))
     }
 
     /// Waits, within the bound, until there is a dataplane that knows everything.

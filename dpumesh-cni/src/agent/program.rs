@@ -56,7 +56,8 @@ pub struct Args {
         long,
         value_name = "NAME",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub dpu: String,
     /// Number of virtual functions to make; as many as there are by default
@@ -73,7 +74,8 @@ pub struct Args {
         long,
         value_name = "ADDR:PORT",
         required_unless_present = "completions",
-        default_value = "127.0.0.1:7070"
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub dataplane: String,
     /// Folder with authority.pem, certificate.pem and key.pem
@@ -81,7 +83,8 @@ pub struct Args {
         long,
         value_name = "DIR",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub credentials: PathBuf,
     /// Where plugins call
@@ -124,7 +127,8 @@ pub struct TapArgs {
         long,
         value_name = "DIR",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub card: PathBuf,
     /// Emulator: what the card can do: unlimited, k2-like or minimal

@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dpumesh_core::BackendExt;
-use dpumesh_core::vf::{LeaseId, ResetLevel};
+use dpumesh_core::vf::{LeaseId, ResetLevel, VfState};
 
 use super::attachments::is_ours;
 use super::journal::{Record, Stage};
 use super::{Node, Ungoverned};
-use crate::plugin::DELETED;
-use crate::talk::AttachmentKey;
+use crate::talk;
 
 impl Node {
     /// Carries on where the last agent ended: takes back what was not finished and what nobody knows. Before anybody is served.
@@ -23,11 +22,7 @@ impl Node {
     pub async fn recover(self: &Arc<Self>) -> dpumesh_core::Result<()> {
         let vf = self.card().require_vf()?;
         let states = vf.list().await?;
-        let current: BTreeSet<LeaseId> = states
-            .iter()
-            .filter_map(|state| state.lease.as_ref())
-            .map(|lease| lease.id)
-            .collect();
+        let current = leases(&states);
         for record in self.records() {
             let lost = record
                 .lease
@@ -78,50 +73,68 @@ impl Node {
             .any(|state| state.lease.as_ref().is_some_and(|lease| lease.id == id))
     }
 
-    /// Takes back what belongs to pods whose namespace is gone, and what a plugin left a note about.
+    /// Takes back what belongs to pods whose namespace is gone or whose VF the card has lost, and what a plugin left a note
+    /// about.
     pub async fn sweep(&self, socket: &Path) {
         self.read_notes(socket).await;
-        for record in self.records() {
-            let closing = matches!(record.stage, Stage::Closing { .. });
-            if !closing && !record.is_namespace_there() {
+        // Before the leases are listed: one that is given meanwhile must not count as lost.
+        let records = self.records();
+        let current = match self.card().vf() {
+            Some(vf) => vf.list().await.ok().map(|states| leases(&states)),
+            None => None,
+        };
+        for record in records {
+            let lost = match (&current, &record.lease) {
+                (Some(current), Some(lease)) => !current.contains(&lease.id),
+                _ => false,
+            };
+            if matches!(record.stage, Stage::Closing { .. }) {
+                continue;
+            }
+            if !record.is_namespace_there() {
                 self.take_back(&record, "its namespace is gone").await;
+            } else if lost {
+                tracing::error!(key = %record.key, pod = %record.pod, "the card has lost its VF: start the pod anew");
+                self.take_back(&record, "the card has lost its VF").await;
             }
         }
     }
 
+    /// Takes back what a record says, unless there is another attachment of that name by now.
     async fn take_back(&self, record: &Record, why: &str) {
+        let _held = self.hold(&record.key).await;
+        let same = |now: &Record| now.lease == record.lease && now.netns_inode == record.netns_inode;
+        if !self.record(&record.key).is_some_and(|now| same(&now)) {
+            return;
+        }
         tracing::info!(key = %record.key, pod = %record.pod, "taken back: {why}");
-        if let Err(error) = self.detach(&record.key).await {
+        if let Err(error) = self.close(&record.key).await {
             tracing::error!(key = %record.key, "cannot be taken back yet: {error}");
         }
     }
 
     /// DELs that came while no agent was there. A note goes when its work is done.
     pub(super) async fn read_notes(&self, socket: &Path) {
-        let folder = socket.parent().unwrap_or(Path::new("/")).join(DELETED);
-        let notes: Vec<PathBuf> = fs::read_dir(&folder)
+        let notes: Vec<PathBuf> = fs::read_dir(talk::notes_of(socket))
             .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
             .unwrap_or_default();
         for note in notes {
-            let name = note
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-                .unwrap_or_default();
-            if let Some((container, ifname)) = name.split_once('@') {
-                let key = AttachmentKey {
-                    container: container.to_owned(),
-                    ifname: ifname.to_owned(),
-                };
-                if let Err(error) = self.detach(&key).await {
-                    tracing::error!(%key, "deleted while the agent was away, cannot be taken back yet: {error}");
-                    continue;
-                }
+            if let Some(key) = talk::key_of(&note)
+                && let Err(error) = self.detach(&key).await
+            {
+                tracing::error!(%key, "deleted while the agent was away, cannot be taken back yet: {error}");
+                continue;
             }
             if let Err(error) = fs::remove_file(&note) {
                 tracing::warn!("{}: {error}", note.display());
             }
         }
     }
+}
+
+fn leases(states: &[VfState]) -> BTreeSet<LeaseId> {
+    let leases = states.iter().filter_map(|state| state.lease.as_ref());
+    leases.map(|lease| lease.id).collect()
 }
 
 /// Sweeps every so often; never ends.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -12,9 +12,6 @@ use nix::unistd::geteuid;
 
 use crate::protocol::{Error, NetConf, code};
 use crate::talk::{self, Answer, Ask, AttachmentKey};
-
-/// Folder beside the socket where DELs wait for an agent that is away.
-pub(crate) const DELETED: &str = "deleted";
 
 /// A conversation.
 #[derive(Debug)]
@@ -64,7 +61,7 @@ pub(super) fn detach(conf: &NetConf, key: &AttachmentKey) -> Result<(), Error> {
     match Agent::call(&conf.socket, conf.timeout) {
         Ok(mut agent) => agent.ask(&Ask::Detach { key: key.clone() }).map(drop),
         Err(error) if is_away(&error) => note(&conf.socket, key).map_err(|failed| {
-            let path = note_path(&conf.socket, key);
+            let path = talk::note_of(&conf.socket, key);
             away(&conf.socket, &error).details(format_args!("{}: {failed}", path.display()))
         }),
         Err(error) => Err(away(&conf.socket, &error)),
@@ -79,22 +76,15 @@ fn is_away(error: &io::Error) -> bool {
 }
 
 fn note(socket: &Path, key: &AttachmentKey) -> io::Result<()> {
-    let path = note_path(socket, key);
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    match fs::create_dir(folder) {
+    let folder = talk::notes_of(socket);
+    match fs::create_dir(&folder) {
         // A host on which no agent has ever run has nothing to take away.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    File::create(&path)?.sync_all()?;
+    File::create(talk::note_of(socket, key))?.sync_all()?;
     File::open(folder)?.sync_all()
-}
-
-fn note_path(socket: &Path, key: &AttachmentKey) -> PathBuf {
-    // Neither a container id nor an interface name holds `/`, and the former no `@`.
-    let folder = socket.parent().unwrap_or(Path::new("/")).join(DELETED);
-    folder.join(format!("{}@{}", key.container, key.ifname))
 }
 
 fn away(socket: &Path, error: &io::Error) -> Error {

@@ -25,8 +25,6 @@ use serde_json::Value;
 use crate::protocol::{AddResult, Environment, Error, Interface, NetConf, Verb, Version, code, versions};
 use crate::talk::{Answer, Ask, Attach, Attached, AttachmentKey, PodName};
 use agent::Agent;
-#[cfg(feature = "agent")]
-pub(crate) use agent::DELETED;
 use ipam::Ipam;
 
 /// Longest configuration read, octets.
@@ -129,7 +127,7 @@ impl Call<'_> {
 
     fn netns(&self) -> Result<&Path, Error> {
         // The environment is checked by verb.
-        let netns = self.environment.netns.as_deref().unwrap_or(Path::new(""));
+        let netns = self.environment.netns.as_deref().unwrap_or_else(|| Path::new(""));
         let of = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
         let there = of(netns).map_err(|error| {
             Error::new(

@@ -1,13 +1,18 @@
 //! ADD, DEL, CHECK, STATUS and GC of pods on a host where everything runs.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
+use dpumesh_cni::talk::{self, Answer, Ask};
 use serde_json::{Value, json};
 
 use crate::runtime::Sandbox;
-use crate::world::{Pod, VFS, World, address, eventually, ping, talk};
+use crate::world::{Pod, VFS, World, address, eventually, ping, talk as send};
 
 pub(crate) fn add_gives_a_pod_everything_and_del_leaves_nothing() {
     let world = World::new();
@@ -33,7 +38,7 @@ pub(crate) fn add_gives_a_pod_everything_and_del_leaves_nothing() {
         "the encapsulation takes its share"
     );
     assert!(ping(&a, address(&added[1])) && ping(&b, address(&added[0])));
-    talk(&a, &b, address(&added[1]));
+    send(&a, &b, address(&added[1]));
     for (pod, runtime, result) in [(&a, &old, &added[0]), (&b, &new, &added[1])] {
         runtime
             .check(pod.sandbox(Some(&pod.namespace.path())), result)
@@ -123,7 +128,7 @@ pub(crate) fn adds_and_dels_at_once() {
         let next = address(&results[(number + 1) % VFS]);
         assert!(ping(pod, next), "{} to {next}", pod.container);
     }
-    talk(&pods[0], &pods[1], address(&results[1]));
+    send(&pods[0], &pods[1], address(&results[1]));
     let error = runtime.status().expect_err("no VF is left");
     assert_eq!(error["code"], 50);
     let one_more = Pod::new("one-more");
@@ -196,8 +201,8 @@ pub(crate) fn pods_of_two_nodes_meet() {
     eventually("the agents have read their peers", || {
         ping(&pods[0], addresses[1])
     });
-    talk(&pods[0], &pods[1], addresses[1]);
-    talk(&pods[1], &pods[0], addresses[0]);
+    send(&pods[0], &pods[1], addresses[1]);
+    send(&pods[1], &pods[0], addresses[0]);
     // A wrong file changes nothing.
     fs::write(nodes[0].path("peers.json"), "{").expect("written");
     let agent = nodes[0].agent.as_ref().expect("runs");
@@ -212,6 +217,58 @@ pub(crate) fn pods_of_two_nodes_meet() {
         pod.del(runtime, None).expect("deleted");
     }
     nodes.iter().for_each(World::assert_empty);
+}
+
+pub(crate) fn strangers_and_nonsense_are_refused() {
+    let world = World::new();
+    let runtime = world.runtime("1.1.0");
+    Pod::new("a").add(&runtime).expect("added");
+    let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    let socket = world.socket();
+    assert_eq!((mode(&socket), mode(&world.path("run"))), (0o600, 0o700));
+    assert_eq!(mode(&world.path("state/attachments.json")), 0o600);
+    let frame = |body: &[u8]| [&(body.len() as u32).to_be_bytes(), body].concat();
+    let nonsense = [
+        frame(b"{}"),
+        frame(br#"{"version":9,"body":"status"}"#),
+        frame(br#"{"version":1,"body":"moon"}"#),
+        vec![0xff; 64],
+    ];
+    for octets in nonsense {
+        let mut stream = UnixStream::connect(&socket).expect("connected");
+        stream.write_all(&octets).expect("written");
+        let answer: Answer = talk::read(&mut stream).expect("answered").expect("answered");
+        assert!(
+            matches!(&answer, Answer::Refused(error) if error.code == 6),
+            "{answer:?}"
+        );
+        assert!(
+            !matches!(talk::read::<Answer>(&mut stream), Ok(Some(_))),
+            "it is over"
+        );
+    }
+    // Cut off in the middle, and spoken out of turn.
+    let status = talk::encode(&Ask::Status).expect("short");
+    for octets in [&status[..7], &[&status[..], &status[..]].concat()] {
+        let mut stream = UnixStream::connect(&socket).expect("connected");
+        stream.write_all(octets).expect("written");
+    }
+    runtime.status().expect("the agent still serves");
+    // Even where the file lets a stranger in, the agent does not listen.
+    for (path, mode) in [
+        (world.folder.path(), 0o755),
+        (&world.path("run"), 0o755),
+        (&socket, 0o666),
+    ] {
+        fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("opened");
+    }
+    let error = runtime.status_as(65534).expect_err("a stranger");
+    assert_eq!(error["code"], 50, "{error}");
+    eventually("the agent tells", || {
+        fs::read_to_string(world.path("agent.log"))
+            .expect("a log")
+            .contains("a stranger called")
+    });
 }
 
 const NEEDED: [&str; 8] = [

@@ -1,6 +1,7 @@
 //! What is killed, and when; what must still be true.
 
 use std::thread;
+use std::time::Duration;
 
 use crate::world::{Pod, World, address, eventually, ping, talk};
 
@@ -131,4 +132,29 @@ pub(crate) fn pods_end_while_agent_and_dataplane_are_away() {
         pod.del(&runtime, None).expect("deleted");
     }
     world.assert_empty();
+}
+
+pub(crate) fn whenever_an_agent_is_killed_nothing_leaks() {
+    const MOMENTS: u64 = 10;
+    let mut world = World::new();
+    let runtime = world.runtime("1.0.0");
+    let mut outcomes = [0, 0];
+    for moment in 0..MOMENTS {
+        let pod = Pod::new(&format!("m{moment}"));
+        let agent = world.agent.take().expect("runs");
+        let added = thread::scope(|scope| {
+            let add = scope.spawn(|| pod.add(&runtime));
+            // The moments are what is tested: from before the first word to after the last.
+            thread::sleep(Duration::from_millis(moment * 25));
+            agent.kill();
+            add.join().expect("ended")
+        });
+        outcomes[usize::from(added.is_ok())] += 1;
+        world.start_agent(&[]);
+        pod.del(&runtime, added.as_ref().ok()).expect("deleted");
+        assert_eq!(pod.links(), ["lo"], "killed at moment {moment}");
+        world.assert_empty();
+    }
+    eprintln!("{} ADDs broke off, {} had succeeded", outcomes[0], outcomes[1]);
+    assert!(outcomes[0] > 0, "the moments are all too late");
 }

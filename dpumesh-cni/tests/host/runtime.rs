@@ -1,6 +1,7 @@
 //! [`Runtime`]: plays the container runtime against any plugin program, by the specification's words alone.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -59,7 +60,24 @@ impl Runtime {
         with_list.call("GC", None, None)
     }
 
+    /// The plugin as it would be called by another user.
+    pub(crate) fn status_as(&self, uid: u32) -> Answer {
+        self.answer("STATUS", None, None, |command| {
+            command.uid(uid).gid(uid);
+        })
+    }
+
     fn call(&self, verb: &str, sandbox: Option<Sandbox<'_>>, previous: Option<&Value>) -> Answer {
+        self.answer(verb, sandbox, previous, |_| {})
+    }
+
+    fn answer(
+        &self,
+        verb: &str,
+        sandbox: Option<Sandbox<'_>>,
+        previous: Option<&Value>,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Answer {
         let mut conf = self.conf.clone();
         if let Some(previous) = previous {
             conf["prevResult"] = previous.clone();
@@ -74,10 +92,11 @@ impl Runtime {
         if let Some(sandbox) = sandbox {
             command
                 .env("CNI_CONTAINERID", sandbox.container)
-                .env("CNI_NETNS", sandbox.netns.unwrap_or(Path::new("")))
+                .env("CNI_NETNS", sandbox.netns.unwrap_or_else(|| Path::new("")))
                 .env("CNI_IFNAME", sandbox.ifname)
                 .env("CNI_ARGS", arguments(verb, sandbox.container));
         }
+        adjust(&mut command);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
