@@ -304,7 +304,7 @@ impl Node {
             mac: running.pod.mac,
             addresses: running.pod.addresses.clone(),
             gateway: GATEWAY,
-            ingress: ingress(&running.pod),
+            ingress: rules::ingress(&running.pod),
         };
         self.ask(self.client.attach(self.client.fence(), &attachment))
     }
@@ -383,14 +383,6 @@ fn pod_mtu(plan: &Plan) -> Result<Mtu> {
     Mtu::ETHERNET
         .minus(overhead)
         .ok_or_else(|| "no room for the encapsulation".into())
-}
-
-/// Number by which the proxy knows a pod's port.
-pub(crate) fn ingress(pod: &Pod) -> u32 {
-    match pod.port {
-        dpumesh_core::PortRef::Vf { vf, .. } => u32::from(vf.0) + 1,
-        _ => u32::MAX - 1,
-    }
 }
 
 /// The cable between the SoCs. Returns the MACs of its ends.

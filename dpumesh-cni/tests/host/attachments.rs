@@ -9,15 +9,18 @@ use std::process::Command;
 use std::thread;
 
 use dpumesh_cni::talk::{self, Answer, Ask};
+use dpumesh_hw::netns::Namespace;
+use dpumesh_hw::netns::testing::skip;
 use serde_json::{Value, json};
 
-use crate::runtime::Sandbox;
+use crate::runtime::{Runtime, Sandbox};
 use crate::world::{Pod, VFS, World, address, eventually, ping, talk as send};
 
 pub(crate) fn add_gives_a_pod_everything_and_del_leaves_nothing() {
     let world = World::new();
     let (old, new) = (world.runtime("1.0.0"), world.runtime("1.1.0"));
     new.status().expect("ready");
+    let rules = world.rules();
     let (a, b) = (Pod::new("a"), Pod::new("b"));
     let added = [a.add(&old).expect("added"), b.add(&new).expect("added")];
     for (pod, result) in [(&a, &added[0]), (&b, &added[1])] {
@@ -55,8 +58,14 @@ pub(crate) fn add_gives_a_pod_everything_and_del_leaves_nothing() {
     old.del(a.sandbox(None), None).expect("deleted again");
     old.del(Pod::new("never").sandbox(None), None)
         .expect("nothing to delete");
+    assert!(world.rules() > rules);
     b.del(&new, None).expect("deleted");
     world.assert_empty();
+    assert_eq!(
+        world.rules(),
+        rules,
+        "the rules of the tunnel's exit are there, and no pod's"
+    );
 }
 
 pub(crate) fn what_fails_is_undone() {
@@ -318,4 +327,42 @@ pub(crate) fn the_programs_tell_what_is_wrong() {
     let (code, told) = run(plugin, &[]);
     let json: Value = serde_json::from_str(&told).expect("JSON, also without a runtime");
     assert!(code == Some(1) && json["code"] == 4, "{told}");
+}
+
+/// The runtime's player beside a plugin that is known to be right: it must not ask for more than the specification does.
+pub(crate) fn a_reference_plugin_satisfies_the_player() {
+    let path = Path::new("/usr/lib/cni");
+    if !path.join("ptp").exists() || !path.join("host-local").exists() {
+        let reason = "/usr/lib/cni/ptp is missing: apt-get install containernetworking-plugins";
+        return skip("a_reference_plugin_satisfies_the_player", reason);
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let runtime = Runtime {
+        plugin: path.join("ptp"),
+        path: path.to_owned(),
+        conf: json!({
+            "cniVersion": "1.0.0",
+            "name": "mesh",
+            "type": "ptp",
+            "ipam": { "type": "host-local", "subnet": "10.244.9.0/24", "dataDir": folder.path() },
+        }),
+        variables: Vec::new(),
+    };
+    // Its host's end belongs into a namespace that goes with the case.
+    let host = Namespace::create().expect("a namespace");
+    host.run(|| {
+        let pod = Pod::new("reference");
+        let result = pod.add(&runtime).expect("added");
+        assert_eq!(address(&result).to_string(), "10.244.9.2");
+        let sandbox = pod.namespace.path();
+        runtime
+            .check(pod.sandbox(Some(&sandbox)), &result)
+            .expect("as it was made");
+        assert!(runtime.status().is_err(), "a verb of 1.1.0");
+        for netns in [Some(sandbox.as_path()), None] {
+            runtime.del(pod.sandbox(netns), None).expect("deleted");
+        }
+        assert_eq!(pod.links(), ["lo"]);
+    })
+    .expect("entered");
 }

@@ -1,7 +1,7 @@
 //! Attached means closed: an agent as a library, with a governor that a test can open.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use dpumesh_cni::agent::{
@@ -13,6 +13,10 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use crate::world::{Pod, World, address, eventually, ping};
+
+/// Bounds of an ADD's wait for the program.
+const SHORT: Duration = Duration::from_millis(300);
+const LONG: Duration = Duration::from_secs(40);
 
 /// Governs every pod from the moment it is opened.
 #[derive(Debug)]
@@ -39,7 +43,7 @@ pub(crate) fn a_pod_is_closed_until_it_is_governed() {
     let runtime = world.runtime("1.0.0");
     let (gate, open) = watch::channel(false);
     {
-        let _agent = agent(&world, open.clone(), Ungoverned::Refuse);
+        let _agent = agent(&world, open.clone(), Ungoverned::Refuse, SHORT);
         let pod = Pod::new("a");
         let error = pod.add(&runtime).expect_err("not governed");
         assert_eq!(error["code"], 11);
@@ -50,7 +54,7 @@ pub(crate) fn a_pod_is_closed_until_it_is_governed() {
         assert_eq!(pod.links(), ["lo"]);
         world.assert_empty();
     }
-    let _agent = agent(&world, open, Ungoverned::Closed);
+    let _agent = agent(&world, open, Ungoverned::Closed, SHORT);
     let (a, b) = (Pod::new("a"), Pod::new("b"));
     let from = address(&a.add(&runtime).expect("added, closed"));
     let to = address(&b.add(&runtime).expect("added, closed"));
@@ -63,22 +67,36 @@ pub(crate) fn a_pod_is_closed_until_it_is_governed() {
     world.assert_empty();
 }
 
+pub(crate) fn a_plugin_killed_while_it_waits_is_not_waited_for() {
+    let world = World::without_agent(1);
+    let runtime = world.runtime("1.0.0");
+    let (_gate, open) = watch::channel(false);
+    let _agent = agent(&world, open, Ungoverned::Refuse, LONG);
+    let pod = Pod::new("a");
+    // When the plugin is killed, IPAM has ended and the agent waits for the program.
+    world.hook(r#"(sleep 1; kill -9 $PPID) </dev/null >/dev/null 2>&1 &"#);
+    let started = Instant::now();
+    assert!(pod.add(&runtime).expect_err("killed").is_null());
+    eventually("the agent undoes what nobody waits for", || world.leased() == 0);
+    assert!(
+        started.elapsed() < LONG / 2,
+        "the bound had nothing to do with it"
+    );
+    assert_eq!(pod.links(), ["lo"]);
+    pod.del(&runtime, None).expect("deleted");
+    world.assert_empty();
+}
+
 /// An agent in this process; its connections leave from the host's namespace.
-fn agent(world: &World, open: watch::Receiver<bool>, ungoverned: Ungoverned) -> Runtime {
-    let host = world.host.try_clone().expect("a handle");
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .on_thread_start(move || host.enter_thread().expect("entered"))
-        .build()
-        .expect("a runtime");
+fn agent(world: &World, open: watch::Receiver<bool>, ungoverned: Ungoverned, within: Duration) -> Runtime {
+    let runtime = world.host_runtime();
     let card = Arc::new(world.card());
     let options = NodeOptions {
         network: LocalNetwork::Overlay {
             vtep: world.vtep(),
             vni: Vni::try_from(42).expect("24 bits"),
         },
-        govern_within: Duration::from_millis(300),
+        govern_within: within,
         ungoverned,
         dataplane_within: Duration::from_secs(8),
     };

@@ -35,14 +35,17 @@ fn main() -> ExitCode {
         attachments::what_no_runtime_takes_away_is_collected,
         attachments::pods_of_two_nodes_meet,
         attachments::strangers_and_nonsense_are_refused,
+        attachments::a_reference_plugin_satisfies_the_player,
         attachments::the_programs_tell_what_is_wrong,
         restarts::a_dataplane_that_restarts_is_told_everything_again,
         restarts::an_agent_that_is_killed_keeps_its_pods,
         restarts::an_agent_killed_in_the_middle_of_an_add_leaks_nothing,
         restarts::a_plugin_killed_in_the_middle_of_an_add_leaks_nothing,
         restarts::whenever_an_agent_is_killed_nothing_leaks,
+        restarts::a_card_that_is_reset_loses_its_pods_and_serves_new_ones,
         restarts::pods_end_while_agent_and_dataplane_are_away,
         governed::a_pod_is_closed_until_it_is_governed,
+        governed::a_plugin_killed_while_it_waits_is_not_waited_for,
         podman::podman_runs_containers_on_the_mesh,
     ])
 }

@@ -158,3 +158,30 @@ pub(crate) fn whenever_an_agent_is_killed_nothing_leaks() {
     eprintln!("{} ADDs broke off, {} had succeeded", outcomes[0], outcomes[1]);
     assert!(outcomes[0] > 0, "the moments are all too late");
 }
+
+pub(crate) fn a_card_that_is_reset_loses_its_pods_and_serves_new_ones() {
+    let world = World::new();
+    let runtime = world.runtime("1.0.0");
+    let lost = Pod::new("lost");
+    let result = lost.add(&runtime).expect("added");
+    world.card().card().reset().expect("reset");
+    eventually("the agent takes back what the card has lost", || {
+        world.journal().is_empty()
+    });
+    let netns = lost.namespace.path();
+    assert_eq!(
+        runtime
+            .check(lost.sandbox(Some(&netns)), &result)
+            .expect_err("lost")["code"],
+        101
+    );
+    lost.del(&runtime, Some(&result)).expect("deleted");
+    let (a, b) = (Pod::new("a"), Pod::new("b"));
+    a.add(&runtime).expect("added");
+    let to = address(&b.add(&runtime).expect("added"));
+    assert!(ping(&a, to));
+    for pod in [&a, &b] {
+        pod.del(&runtime, None).expect("deleted");
+    }
+    world.assert_empty();
+}

@@ -9,8 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dpumesh_core::{Backend, Role};
+use dpumesh_core::steering::Owner;
+use dpumesh_core::{Backend, DpuId, Role};
 use dpumesh_hw::channel::trust::{Authority, Credentials, Party};
+use dpumesh_hw::channel::{Dataplane, DataplaneClient};
 use dpumesh_hw::netlink::{Address, LinkChange, Netlink, VethEnd};
 use dpumesh_hw::netns::Namespace;
 use dpumesh_tap::{Mode, TapBackend, TapOptions, VfKind};
@@ -106,7 +108,7 @@ impl World {
         for (namespace, end) in [(&host, 1), (&soc, 2)] {
             configure(namespace, "mgmt0", &[&format!("169.254.{index}.{end}/30")]);
         }
-        let dpu = dpumesh_core::DpuId(format!("dpu-{index}"));
+        let dpu = DpuId(format!("dpu-{index}"));
         let authority = Authority::new(dpu).expect("an authority");
         for (party, name) in [(Party::Agent, "agent"), (Party::Dataplane, "dataplane")] {
             let credentials = authority.issue(party).expect("issued");
@@ -292,6 +294,28 @@ impl World {
         eventually("no VF is leased", || self.leased() == 0);
         eventually("the journal is empty", || self.journal().is_empty());
         assert_eq!(self.given_addresses(), 0, "addresses given back");
+    }
+
+    /// Rules of the agent that the dataplane has.
+    pub(crate) fn rules(&self) -> usize {
+        let runtime = self.host_runtime();
+        let (address, dpu, credentials) = (self.channel(), DpuId(self.dpu()), self.credentials());
+        let asked = runtime.spawn(async move {
+            let client = DataplaneClient::connect(&address, &dpu, &credentials).await;
+            client.expect("a channel").steering().list(Owner::Agent).await
+        });
+        runtime.block_on(asked).expect("asked").expect("listed").len()
+    }
+
+    /// A runtime whose connections leave from the host's namespace.
+    pub(crate) fn host_runtime(&self) -> tokio::runtime::Runtime {
+        let host = self.host.try_clone().expect("a handle");
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .on_thread_start(move || host.enter_thread().expect("entered"))
+            .build()
+            .expect("a runtime")
     }
 
     pub(crate) fn credentials(&self) -> Credentials {
