@@ -145,7 +145,7 @@ pub(crate) fn whenever_an_agent_is_killed_nothing_leaks() {
         let added = thread::scope(|scope| {
             let add = scope.spawn(|| pod.add(&runtime));
             // The moments are what is tested: from before the first word to after the last.
-            thread::sleep(Duration::from_millis(moment * 25));
+            thread::sleep(Duration::from_millis(moment * 50));
             agent.kill();
             add.join().expect("ended")
         });
