@@ -160,11 +160,17 @@ pub(crate) fn whenever_an_agent_is_killed_nothing_leaks() {
 }
 
 pub(crate) fn a_card_that_is_reset_loses_its_pods_and_serves_new_ones() {
-    let world = World::new();
+    let mut world = World::new();
     let runtime = world.runtime("1.0.0");
     let lost = Pod::new("lost");
     let result = lost.add(&runtime).expect("added");
     world.card().card().reset().expect("reset");
+    // A dataplane ends with its card; whoever supervises it starts it again.
+    assert!(
+        !world.dataplane.take().expect("runs").wait(),
+        "it says that its card is lost"
+    );
+    world.start_dataplane();
     eventually("the agent takes back what the card has lost", || {
         world.journal().is_empty()
     });

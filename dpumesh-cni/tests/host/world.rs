@@ -370,6 +370,11 @@ impl Program {
         self.child.wait().expect("ended");
     }
 
+    /// Waits until it ends by itself; false when it says that it failed.
+    pub(crate) fn wait(mut self) -> bool {
+        self.child.wait().expect("ended").success()
+    }
+
     /// Asks it to end and waits.
     pub(crate) fn end(mut self) -> bool {
         self.signal(Signal::SIGTERM);

@@ -77,7 +77,8 @@ pub struct Args {
         long,
         value_name = "NAME",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub dpu: String,
     /// Emulator: directory of the card's state, shared with the host's side as PCIe would be
@@ -85,7 +86,8 @@ pub struct Args {
         long,
         value_name = "DIR",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub card: PathBuf,
     /// Emulator: what the card can do: unlimited, k2-like or minimal
@@ -117,7 +119,8 @@ pub struct Args {
         long,
         value_name = "DIR",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub credentials: PathBuf,
     /// Flows remembered; each takes about 80 octets
@@ -466,3 +469,30 @@ async fn maintain(
 
 /// MAC of the router that stacks see; locally administered.
 pub(crate) const STACK_GATEWAY: MacAddr = MacAddr([0x02, 0xd8, 0, 0, 0, 0xfe]);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn completions_need_no_other_option_and_work_does() {
+        let completions = Args::try_parse_from(["dpu-dataplane", "--completions", "bash"]);
+        assert!(completions.expect("accepted").completions.is_some());
+        let error = Args::try_parse_from(["dpu-dataplane", "--vtep", "192.0.2.1"]).expect_err("refused");
+        for option in ["--dpu", "--card", "--credentials", "--stack-netns"] {
+            assert!(error.to_string().contains(option), "{option}: {error}");
+        }
+    }
+
+    #[test]
+    fn lives_have_growing_numbers() {
+        let card = tempfile::tempdir().expect("a folder");
+        let first = life(card.path()).expect("written");
+        let second = life(card.path()).expect("written");
+        assert!(second > first);
+        // The clock was set back by centuries.
+        let far = u64::MAX / 2;
+        std::fs::write(card.path().join(LIFE), far.to_string()).expect("written");
+        assert_eq!(life(card.path()).expect("written"), Epoch(far + 1));
+    }
+}

@@ -30,7 +30,8 @@ pub struct StackArgs {
         long,
         value_name = "PATH",
         required_unless_present = "completions",
-        default_value = ""
+        default_value = "unset",
+        hide_default_value = true
     )]
     pub stack_netns: PathBuf,
     /// TCP port of the proxy's transparent listener
