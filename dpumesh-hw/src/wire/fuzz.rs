@@ -13,21 +13,29 @@ use super::checksum::{self, Verdict};
 use super::coalesce::coalesce;
 use super::encap::{self, Endpoints, OuterChecksum, Tunnel};
 use super::headers::{Headers, L3};
+use super::protocol;
 use super::segment::Segments;
-use super::{answer, arp as arp_view, ethernet, icmpv4, icmpv6 as icmpv6_view, ipv4 as ipv4_view};
-use super::{ipv6 as ipv6_view, tcp as tcp_view, udp, vlan, vxlan as vxlan_view};
+use super::{
+    answer, arp as arp_view, ethernet as ethernet_view, icmpv4 as icmpv4_view, icmpv6 as icmpv6_view,
+};
+use super::{
+    ipv4 as ipv4_view, ipv6 as ipv6_view, tcp as tcp_view, udp as udp_view, vlan, vxlan as vxlan_view,
+};
 
 /// A function that takes any octets.
 pub type Target = fn(&[u8]);
 
 /// The targets by the names of their files in `fuzz/fuzz_targets` and their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("headers", headers),
+    ("ethernet", ethernet),
     ("arp", arp),
     ("ipv4", ipv4),
+    ("icmpv4", icmpv4),
     ("ipv6", ipv6),
     ("icmpv6", icmpv6),
     ("tcp", tcp),
+    ("udp", udp),
     ("vxlan", vxlan),
     ("segment", segment),
 ];
@@ -41,6 +49,27 @@ pub fn headers(data: &[u8]) {
     headers.flow_hash();
     answers(data, &headers);
     tunnel_and_back(data, &headers);
+}
+
+/// Ethernet II, with an 802.1Q tag behind it.
+pub fn ethernet(data: &[u8]) {
+    let Ok(frame) = ethernet_view::Packet::new(data) else {
+        return;
+    };
+    let repr = ethernet_view::Repr {
+        destination: frame.destination(),
+        source: frame.source(),
+        ethertype: frame.ethertype(),
+    };
+    assert_eq!(repr.emit(), data[..ethernet_view::HEADER_LEN]);
+    assert_eq!(frame.payload(), &data[ethernet_view::HEADER_LEN..]);
+    let Ok(tagged) = vlan::Packet::new(frame.payload()) else {
+        return;
+    };
+    let mut copy = frame.payload().to_vec();
+    let mut written = vlan::Packet::new(&mut copy[..]).expect("as accepted before");
+    written.set_tag(tagged.tag());
+    assert_eq!(copy, frame.payload());
 }
 
 /// ARP.
@@ -58,7 +87,7 @@ pub fn arp(data: &[u8]) {
     assert_eq!(repr.emit(), data[..arp_view::LEN]);
 }
 
-/// IPv4 with its options; ICMPv4 in its payload.
+/// IPv4 with its options; its payload as ICMPv4 too.
 pub fn ipv4(data: &[u8]) {
     let Ok(packet) = ipv4_view::Packet::new(data) else {
         return;
@@ -69,10 +98,7 @@ pub fn ipv4(data: &[u8]) {
         "at most one option per two octets, and an error"
     );
     packet.fragment();
-    if let Ok(message) = icmpv4::Packet::new(packet.payload()) {
-        message.message();
-        message.verify_checksum();
-    }
+    icmpv4(packet.payload());
     let mut copy = data.to_vec();
     let mut packet = ipv4_view::Packet::new(&mut copy[..]).expect("as accepted before");
     packet.fill_checksum();
@@ -80,6 +106,23 @@ pub fn ipv4(data: &[u8]) {
     packet.set_ecn(3);
     packet.set_source(Ipv4Addr::LOCALHOST);
     packet.set_destination(Ipv4Addr::BROADCAST);
+    assert!(packet.verify_checksum());
+}
+
+/// ICMPv4.
+pub fn icmpv4(data: &[u8]) {
+    let Ok(packet) = icmpv4_view::Packet::new(data) else {
+        return;
+    };
+    assert_eq!(packet.data().len() + icmpv4_view::HEADER_LEN, data.len());
+    let message = packet.message();
+    let header = message.emit();
+    assert_eq!(header[..2], data[..2]);
+    let again = icmpv4_view::Packet::new(header).expect("a whole header");
+    assert_eq!(again.message(), message);
+    let mut copy = data.to_vec();
+    let mut packet = icmpv4_view::Packet::new(&mut copy[..]).expect("as accepted before");
+    packet.fill_checksum();
     assert!(packet.verify_checksum());
 }
 
@@ -120,11 +163,35 @@ pub fn icmpv6(data: &[u8]) {
     assert!(packet.verify_checksum(Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED));
 }
 
-/// TCP with its options, and UDP.
-pub fn tcp(data: &[u8]) {
-    if let Ok(datagram) = udp::Packet::new(data) {
-        assert_eq!(datagram.payload().len() + udp::HEADER_LEN, datagram.len_field());
+/// UDP, whole and as a first fragment.
+pub fn udp(data: &[u8]) {
+    if let Ok(fragment) = udp_view::Packet::first_fragment(data) {
+        assert!(fragment.payload().len() + udp_view::HEADER_LEN <= data.len());
     }
+    let Ok(datagram) = udp_view::Packet::new(data) else {
+        return;
+    };
+    let length = datagram.len_field();
+    assert_eq!(datagram.payload().len() + udp_view::HEADER_LEN, length);
+    assert!(length <= data.len());
+    let repr = udp_view::Repr {
+        source: datagram.source(),
+        destination: datagram.destination(),
+        payload_len: datagram.payload().len() as u16,
+    };
+    assert_eq!(repr.emit()[..6], data[..6]);
+    let (source, destination) = (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::BROADCAST.into());
+    let mut copy = data.to_vec();
+    udp_view::Packet::new(&mut copy[..])
+        .expect("as accepted before")
+        .fill_checksum(source, destination);
+    let sum = checksum::Sum::pseudo(source, destination, protocol::UDP, length as u32);
+    assert!(sum.plus(checksum::Sum::of(&copy[..length])).is_complete());
+    assert_eq!(copy[length..], data[length..]);
+}
+
+/// TCP with its options.
+pub fn tcp(data: &[u8]) {
     let Ok(segment) = tcp_view::Packet::new(data) else {
         return;
     };
@@ -247,7 +314,8 @@ fn check_run(frame: &Frame, cut: &[Frame]) {
 
 /// The views read what the one pass read.
 fn agree(data: &[u8], headers: &Headers) {
-    let frame = ethernet::Packet::new(data).expect("parsed");
+    ethernet(data);
+    let frame = ethernet_view::Packet::new(data).expect("parsed");
     assert_eq!(
         (frame.source(), frame.destination()),
         (headers.eth_src, headers.eth_dst)
@@ -268,7 +336,9 @@ fn agree(data: &[u8], headers: &Headers) {
     }
     let l4 = &data[headers.l4_range()];
     match headers.protocol {
+        1 => icmpv4(l4),
         6 => tcp(l4),
+        17 => udp(l4),
         58 => icmpv6(l4),
         _ => {}
     }

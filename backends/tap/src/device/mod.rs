@@ -9,6 +9,7 @@
 //! All three hand frames on as [`dpumesh_core::Frame`], with checksum and segmentation left open where the kernel left
 //! them open, and refuse (drop and count) what their limits do not allow.
 
+pub mod fuzz;
 mod outer;
 mod packet;
 mod tap;
