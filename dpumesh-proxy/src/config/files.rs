@@ -11,10 +11,10 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use super::ConfigError;
-use super::at::At;
 use super::model::{Config, Dump, Node};
-use super::schema::{text_to_value, unpack_any, value_to_message};
+use super::schema::{At, unpack_any, value_to_message};
 use super::support;
+use super::text::text_to_value;
 use super::translate::{Context, WatchedFile, socket_address, source_file};
 use crate::access_log::Sinks;
 use crate::stats::{self, Registry, Shard, Subscription};

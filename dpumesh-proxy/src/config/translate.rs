@@ -12,12 +12,12 @@ use prost::Message as _;
 use dpumesh_hw::stream::kernel::SocketOptions;
 
 use super::ConfigError;
-use super::at::At;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
     ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
     TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
+use super::schema::At;
 use super::translate_route;
 use crate::access_log::{AccessLog, Sinks};
 use crate::route::RouteTable;

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use regex::bytes::Regex;
 
 use super::ConfigError;
-use super::at::At;
 use super::model::{Weighted, cluster_ref};
+use super::schema::At;
 use crate::route::{
     Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, QueryMatch, Redirect,
     RedirectPath, Route, RouteMatch, RouteTable, Target, TextMatch, ValueMatch, VirtualHost,

@@ -4,29 +4,33 @@ use std::time::Duration;
 
 use prost_reflect::{DynamicMessage, ReflectMessage, Value};
 
-use super::ConfigError;
-use super::schema::{push_field, unpack_any};
+use super::{ConfigError, push_field, unpack_any};
 
 /// A message and its path. Accessors take proto field names; asking for a field the message does not have gives "unset".
 #[derive(Debug, Clone)]
-pub(super) struct At {
-    pub(super) message: DynamicMessage,
-    pub(super) path: String,
+pub struct At {
+    /// The message.
+    pub message: DynamicMessage,
+    /// Where it stands.
+    pub path: String,
 }
 
 impl At {
-    pub(super) fn new(message: DynamicMessage, path: impl Into<String>) -> Self {
+    /// A message at `path`.
+    pub fn new(message: DynamicMessage, path: impl Into<String>) -> Self {
         Self {
             message,
             path: path.into(),
         }
     }
 
-    pub(super) fn type_name(&self) -> String {
+    /// Full protobuf name of the message.
+    pub fn type_name(&self) -> String {
         self.message.descriptor().full_name().to_owned()
     }
 
-    pub(super) fn has(&self, field: &str) -> bool {
+    /// Whether `field` is set.
+    pub fn has(&self, field: &str) -> bool {
         self.message.has_field_by_name(field)
     }
 
@@ -39,14 +43,15 @@ impl At {
             .map(std::borrow::Cow::into_owned)
     }
 
-    pub(super) fn path_of(&self, field: &str) -> String {
+    /// The path of `field`.
+    pub fn path_of(&self, field: &str) -> String {
         let mut path = self.path.clone();
         push_field(&mut path, field);
         path
     }
 
     /// A refusal of `field`, or of the message itself when `field` is empty.
-    pub(super) fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
+    pub fn refuse(&self, field: &str, reason: impl Into<String>) -> ConfigError {
         let path = if field.is_empty() {
             self.path.clone()
         } else {
@@ -55,13 +60,18 @@ impl At {
         ConfigError::new(path, reason)
     }
 
-    pub(super) fn text(&self, field: &str) -> String {
+    /// A text, empty when unset.
+    pub fn text(&self, field: &str) -> String {
         self.value(field)
             .and_then(|v| v.as_str().map(str::to_owned))
             .unwrap_or_default()
     }
 
-    pub(super) fn required_text(&self, field: &str) -> Result<String, ConfigError> {
+    /// A text that must not be empty.
+    ///
+    /// # Errors
+    /// It is.
+    pub fn required_text(&self, field: &str) -> Result<String, ConfigError> {
         let text = self.text(field);
         if text.is_empty() {
             Err(self.refuse(field, "must not be empty"))
@@ -70,7 +80,8 @@ impl At {
         }
     }
 
-    pub(super) fn texts(&self, field: &str) -> Vec<String> {
+    /// A list of texts.
+    pub fn texts(&self, field: &str) -> Vec<String> {
         let Some(Value::List(items)) = self.value(field) else {
             return Vec::new();
         };
@@ -80,19 +91,20 @@ impl At {
             .collect()
     }
 
-    pub(super) fn bytes(&self, field: &str) -> Vec<u8> {
+    /// Octets, empty when unset.
+    pub fn bytes(&self, field: &str) -> Vec<u8> {
         self.value(field)
             .and_then(|v| v.as_bytes().map(|b| b.to_vec()))
             .unwrap_or_default()
     }
 
     /// A plain or wrapped (`google.protobuf.BoolValue`) flag; `None` when unset.
-    pub(super) fn flag(&self, field: &str) -> Option<bool> {
+    pub fn flag(&self, field: &str) -> Option<bool> {
         unwrap_scalar(self.value(field)?).as_bool()
     }
 
     /// A plain or wrapped unsigned number (or a signed one that is not negative); `None` when unset.
-    pub(super) fn number(&self, field: &str) -> Option<u64> {
+    pub fn number(&self, field: &str) -> Option<u64> {
         match unwrap_scalar(self.value(field)?) {
             Value::U32(n) => Some(u64::from(n)),
             Value::U64(n) => Some(n),
@@ -102,16 +114,19 @@ impl At {
         }
     }
 
-    pub(super) fn number_or(&self, field: &str, default: u32) -> u32 {
+    /// A number, `default` when unset; `u32::MAX` stands for what is larger.
+    pub fn number_or(&self, field: &str, default: u32) -> u32 {
         self.number(field)
             .map_or(default, |n| u32::try_from(n).unwrap_or(u32::MAX))
     }
 
-    pub(super) fn signed(&self, field: &str) -> i64 {
+    /// A signed number, 0 when unset.
+    pub fn signed(&self, field: &str) -> i64 {
         self.value(field).and_then(|v| v.as_i64()).unwrap_or_default()
     }
 
-    pub(super) fn numbers(&self, field: &str) -> Vec<u32> {
+    /// A list of numbers.
+    pub fn numbers(&self, field: &str) -> Vec<u32> {
         let Some(Value::List(items)) = self.value(field) else {
             return Vec::new();
         };
@@ -119,7 +134,7 @@ impl At {
     }
 
     /// The name of an enum's value, `""` for one the descriptor does not know.
-    pub(super) fn choice(&self, field: &str) -> String {
+    pub fn choice(&self, field: &str) -> String {
         let Some(descriptor) = self.message.descriptor().get_field_by_name(field) else {
             return String::new();
         };
@@ -137,8 +152,11 @@ impl At {
             .unwrap_or_default()
     }
 
-    /// A duration; negative ones and those beyond a hundred years are refused.
-    pub(super) fn duration(&self, field: &str) -> Result<Option<Duration>, ConfigError> {
+    /// A duration; `None` when unset.
+    ///
+    /// # Errors
+    /// It is negative or beyond a hundred years.
+    pub fn duration(&self, field: &str) -> Result<Option<Duration>, ConfigError> {
         let Some(Value::Message(message)) = self.value(field) else {
             return Ok(None);
         };
@@ -154,14 +172,16 @@ impl At {
         Ok(Some(Duration::new(seconds, nanos)))
     }
 
-    pub(super) fn message(&self, field: &str) -> Option<Self> {
+    /// The message in `field`; `None` when unset.
+    pub fn message(&self, field: &str) -> Option<Self> {
         match self.value(field)? {
             Value::Message(message) => Some(Self::new(message, self.path_of(field))),
             _ => None,
         }
     }
 
-    pub(super) fn messages(&self, field: &str) -> Vec<Self> {
+    /// The messages in a repeated field, each with its place.
+    pub fn messages(&self, field: &str) -> Vec<Self> {
         let Some(Value::List(items)) = self.value(field) else {
             return Vec::new();
         };
@@ -174,7 +194,10 @@ impl At {
     }
 
     /// The message inside an `Any` field; `None` when the field is unset.
-    pub(super) fn any(&self, field: &str) -> Result<Option<Self>, ConfigError> {
+    ///
+    /// # Errors
+    /// Its type is unknown or its bytes are not of it.
+    pub fn any(&self, field: &str) -> Result<Option<Self>, ConfigError> {
         let Some(any) = self.message(field) else {
             return Ok(None);
         };
@@ -183,7 +206,10 @@ impl At {
     }
 
     /// The messages inside a `map<string, Any>` field, with their keys.
-    pub(super) fn any_map(&self, field: &str) -> Result<Vec<(String, Self)>, ConfigError> {
+    ///
+    /// # Errors
+    /// As [`Self::any`].
+    pub fn any_map(&self, field: &str) -> Result<Vec<(String, Self)>, ConfigError> {
         let Some(Value::Map(items)) = self.value(field) else {
             return Ok(Vec::new());
         };

@@ -1,31 +1,114 @@
-//! Envoy's message descriptors, and text (YAML or JSON) turned into messages by them.
+//! Envoy's message descriptors, and JSON turned into messages by them.
 //!
 //! `envoy.binpb` is a `FileDescriptorSet` compiled by protox from the `.proto` files that the `envoy-types` package
-//! ships; [`ROOTS`] names the files it starts from. The test below compiles it anew and compares; run it with
-//! `UPDATE_DESCRIPTORS=1` to write the file. A field or an extension type the set does not know is an error that names
-//! its path, before any value is looked at. What a known field means here is [`super::support`]'s matter.
+//! ships and the few of `proto/`; [`ROOTS`] names the files it starts from. The test below compiles it anew and compares;
+//! run it with `UPDATE_DESCRIPTORS=1` to write the file. A field or an extension type the set does not know is an error
+//! that names its path, before any value is looked at. What a known field means is the reader's matter: the translation
+//! of what a control plane sends ([`crate::translate`]), or a proxy's own table of what it implements.
 
-use std::path::Path;
 use std::sync::LazyLock;
 
 use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor};
 use serde_json::Value;
 
-use super::ConfigError;
+mod at;
+mod error;
+
+pub use at::At;
+pub use error::ConfigError;
 
 /// The `.proto` files whose messages (and all they import) a configuration may use.
 pub const ROOTS: &[&str] = &[
+    // First: protox takes their `common.` for the package `envoy.extensions.filters.common` once that is known.
+    "envoy/extensions/filters/http/local_ratelimit/v3/local_rate_limit.proto",
+    "envoy/extensions/filters/network/local_ratelimit/v3/local_rate_limit.proto",
+    "envoy/extensions/filters/network/ratelimit/v3/rate_limit.proto",
     "envoy/config/bootstrap/v3/bootstrap.proto",
-    "envoy/service/discovery/v3/discovery.proto",
-    "envoy/extensions/filters/network/http_connection_manager/v3/http_connection_manager.proto",
-    "envoy/extensions/filters/network/tcp_proxy/v3/tcp_proxy.proto",
+    "envoy/config/trace/v3/datadog.proto",
+    "envoy/config/trace/v3/opentelemetry.proto",
+    "envoy/config/trace/v3/skywalking.proto",
+    "envoy/config/trace/v3/zipkin.proto",
+    "envoy/extensions/access_loggers/file/v3/file.proto",
+    "envoy/extensions/access_loggers/filters/cel/v3/cel.proto",
+    "envoy/extensions/access_loggers/grpc/v3/als.proto",
+    "envoy/extensions/access_loggers/open_telemetry/v3/logs_service.proto",
+    "envoy/extensions/access_loggers/stream/v3/stream.proto",
+    "envoy/extensions/filters/http/adaptive_concurrency/v3/adaptive_concurrency.proto",
+    "envoy/extensions/filters/http/admission_control/v3/admission_control.proto",
+    "envoy/extensions/filters/http/bandwidth_limit/v3/bandwidth_limit.proto",
+    "envoy/extensions/filters/http/buffer/v3/buffer.proto",
+    "envoy/extensions/filters/http/compressor/v3/compressor.proto",
+    "envoy/extensions/filters/http/cors/v3/cors.proto",
+    "envoy/extensions/filters/http/csrf/v3/csrf.proto",
+    "envoy/extensions/filters/http/decompressor/v3/decompressor.proto",
+    "envoy/extensions/filters/http/ext_authz/v3/ext_authz.proto",
+    "envoy/extensions/filters/http/ext_proc/v3/ext_proc.proto",
+    "envoy/extensions/filters/http/fault/v3/fault.proto",
+    "envoy/extensions/filters/http/grpc_stats/v3/config.proto",
+    "envoy/extensions/filters/http/grpc_web/v3/grpc_web.proto",
+    "envoy/extensions/filters/http/header_mutation/v3/header_mutation.proto",
+    "envoy/extensions/filters/http/health_check/v3/health_check.proto",
+    "envoy/extensions/filters/http/jwt_authn/v3/config.proto",
+    "envoy/extensions/filters/http/lua/v3/lua.proto",
+    "envoy/extensions/filters/http/ratelimit/v3/rate_limit.proto",
+    "envoy/extensions/filters/http/rbac/v3/rbac.proto",
     "envoy/extensions/filters/http/router/v3/router.proto",
+    "envoy/extensions/filters/http/set_filter_state/v3/set_filter_state.proto",
+    "envoy/extensions/filters/http/stateful_session/v3/stateful_session.proto",
+    "envoy/extensions/filters/http/wasm/v3/wasm.proto",
+    "envoy/extensions/filters/listener/http_inspector/v3/http_inspector.proto",
     "envoy/extensions/filters/listener/original_dst/v3/original_dst.proto",
     "envoy/extensions/filters/listener/original_src/v3/original_src.proto",
-    "envoy/extensions/access_loggers/file/v3/file.proto",
-    "envoy/extensions/access_loggers/stream/v3/stream.proto",
-    "envoy/extensions/upstreams/http/v3/http_protocol_options.proto",
+    "envoy/extensions/filters/listener/proxy_protocol/v3/proxy_protocol.proto",
+    "envoy/extensions/filters/listener/tls_inspector/v3/tls_inspector.proto",
+    "envoy/extensions/filters/network/connection_limit/v3/connection_limit.proto",
+    "envoy/extensions/filters/network/ext_authz/v3/ext_authz.proto",
+    "envoy/extensions/filters/network/http_connection_manager/v3/http_connection_manager.proto",
+    "envoy/extensions/filters/network/mongo_proxy/v3/mongo_proxy.proto",
+    "envoy/extensions/filters/network/rbac/v3/rbac.proto",
+    "envoy/extensions/filters/network/set_filter_state/v3/set_filter_state.proto",
+    "envoy/extensions/filters/network/sni_cluster/v3/sni_cluster.proto",
+    "envoy/extensions/filters/network/tcp_proxy/v3/tcp_proxy.proto",
+    "envoy/extensions/filters/network/wasm/v3/wasm.proto",
+    "envoy/extensions/formatter/metadata/v3/metadata.proto",
+    "envoy/extensions/formatter/req_without_query/v3/req_without_query.proto",
+    "envoy/extensions/http/header_formatters/preserve_case/v3/preserve_case.proto",
+    "envoy/extensions/http/original_ip_detection/xff/v3/xff.proto",
+    "envoy/extensions/http/stateful_session/cookie/v3/cookie.proto",
+    "envoy/extensions/http/stateful_session/header/v3/header.proto",
+    "envoy/extensions/internal_redirect/allow_listed_routes/v3/allow_listed_routes_config.proto",
+    "envoy/extensions/internal_redirect/previous_routes/v3/previous_routes_config.proto",
+    "envoy/extensions/internal_redirect/safe_cross_scheme/v3/safe_cross_scheme_config.proto",
+    "envoy/extensions/load_balancing_policies/client_side_weighted_round_robin/v3/client_side_weighted_round_robin.proto",
+    "envoy/extensions/load_balancing_policies/cluster_provided/v3/cluster_provided.proto",
+    "envoy/extensions/load_balancing_policies/least_request/v3/least_request.proto",
+    "envoy/extensions/load_balancing_policies/maglev/v3/maglev.proto",
+    "envoy/extensions/load_balancing_policies/override_host/v3/override_host.proto",
+    "envoy/extensions/load_balancing_policies/random/v3/random.proto",
+    "envoy/extensions/load_balancing_policies/ring_hash/v3/ring_hash.proto",
+    "envoy/extensions/load_balancing_policies/round_robin/v3/round_robin.proto",
+    "envoy/extensions/load_balancing_policies/subset/v3/subset.proto",
+    "envoy/extensions/load_balancing_policies/wrr_locality/v3/wrr_locality.proto",
+    "envoy/extensions/matching/common_inputs/network/v3/network_inputs.proto",
+    "envoy/extensions/path/match/uri_template/v3/uri_template_match.proto",
+    "envoy/extensions/path/rewrite/uri_template/v3/uri_template_rewrite.proto",
+    "envoy/extensions/request_id/uuid/v3/uuid.proto",
+    "envoy/extensions/retry/host/omit_canary_hosts/v3/omit_canary_hosts.proto",
+    "envoy/extensions/retry/host/omit_host_metadata/v3/omit_host_metadata_config.proto",
+    "envoy/extensions/retry/host/previous_hosts/v3/previous_hosts.proto",
+    "envoy/extensions/retry/priority/previous_priorities/v3/previous_priorities_config.proto",
+    "envoy/extensions/transport_sockets/internal_upstream/v3/internal_upstream.proto",
+    "envoy/extensions/transport_sockets/proxy_protocol/v3/upstream_proxy_protocol.proto",
     "envoy/extensions/transport_sockets/raw_buffer/v3/raw_buffer.proto",
+    "envoy/extensions/transport_sockets/starttls/v3/starttls.proto",
+    "envoy/extensions/transport_sockets/tls/cert_mappers/filter_state_override/v3/config.proto",
+    "envoy/extensions/transport_sockets/tls/cert_selectors/on_demand_secret/v3/config.proto",
+    "envoy/extensions/transport_sockets/tls/v3/tls.proto",
+    "envoy/extensions/upstreams/http/v3/http_protocol_options.proto",
+    "envoy/service/discovery/v3/discovery.proto",
+    "udpa/type/v1/typed_struct.proto",
+    "xds/type/matcher/v3/ip.proto",
+    "xds/type/v3/typed_struct.proto",
 ];
 
 static DESCRIPTORS: &[u8] = include_bytes!("envoy.binpb");
@@ -37,19 +120,6 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
 /// The descriptor of a message by its full protobuf name, if the set has it.
 pub fn message(full_name: &str) -> Option<MessageDescriptor> {
     POOL.get_message_by_name(full_name)
-}
-
-/// Reads the text of `file` as a JSON value: `.json` as JSON, anything else as YAML (of which JSON is a part).
-///
-/// # Errors
-/// A syntax error with its line, a duplicate key, or nesting and aliases beyond the reader's bounds.
-pub fn text_to_value(file: &Path, text: &str) -> Result<Value, ConfigError> {
-    let json = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
-    if json {
-        serde_json::from_str(text).map_err(|e| ConfigError::new("", e.to_string()))
-    } else {
-        serde_saphyr::from_str(text).map_err(|e| ConfigError::new("", e.to_string()))
-    }
 }
 
 /// Turns a JSON value into the message `full_name`. `path` is where the value stands in its file.
@@ -191,7 +261,7 @@ fn check_known_any(value: &Value, path: &mut String) -> Result<(), ConfigError> 
 }
 
 /// Appends `.field` (or `field` at the root) to a path.
-pub(super) fn push_field(path: &mut String, field: &str) {
+pub fn push_field(path: &mut String, field: &str) {
     if !path.is_empty() {
         path.push('.');
     }
@@ -201,6 +271,7 @@ pub(super) fn push_field(path: &mut String, field: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
     use std::process::Command;
 
     const BOOTSTRAP: &str = "envoy.config.bootstrap.v3.Bootstrap";
@@ -239,7 +310,8 @@ mod tests {
             "opentelemetry-proto",
             "client_model",
         ];
-        let fresh = protox::Compiler::new(folders.map(|f| protos.join(f)))
+        let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
+        let fresh = protox::Compiler::new(folders.map(|f| protos.join(f)).into_iter().chain([own]))
             .unwrap()
             .include_imports(true)
             .include_source_info(false)
@@ -248,14 +320,14 @@ mod tests {
             .encode_file_descriptor_set();
         if std::env::var_os("UPDATE_DESCRIPTORS").is_some() {
             std::fs::write(
-                concat!(env!("CARGO_MANIFEST_DIR"), "/src/config/envoy.binpb"),
+                concat!(env!("CARGO_MANIFEST_DIR"), "/src/schema/envoy.binpb"),
                 &fresh,
             )
             .unwrap();
         }
         assert!(
             fresh == DESCRIPTORS,
-            "run this test with UPDATE_DESCRIPTORS=1 and commit src/config/envoy.binpb"
+            "run this test with UPDATE_DESCRIPTORS=1 and commit src/schema/envoy.binpb"
         );
     }
 
@@ -284,16 +356,5 @@ mod tests {
             "static_resources.listeners[0].filter_chains[0].filters[0].typed_config"
         );
         assert_eq!(error.reason, "type stats.PluginConfig is not supported yet");
-    }
-
-    #[test]
-    fn yaml_and_json_give_the_same_message() {
-        let yaml = "node: {id: a}\nstatic_resources:\n  clusters:\n  - name: c\n    connect_timeout: 0.25s\n";
-        let json =
-            r#"{"node":{"id":"a"},"staticResources":{"clusters":[{"name":"c","connectTimeout":"0.250s"}]}}"#;
-        let read = |file: &str, text: &str| {
-            value_to_message(BOOTSTRAP, &text_to_value(Path::new(file), text).unwrap(), "").unwrap()
-        };
-        assert_eq!(read("a.yaml", yaml), read("a.json", json));
     }
 }

@@ -1,0 +1,5 @@
+//! xDS for a mesh on DPUs.
+
+#![forbid(unsafe_code)]
+
+pub mod schema;
