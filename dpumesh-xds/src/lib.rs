@@ -2,4 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod discovery;
+pub mod ir;
 pub mod schema;
+pub mod translate;
+
+#[cfg(test)]
+mod recorded;
