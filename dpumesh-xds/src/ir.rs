@@ -191,17 +191,22 @@ impl PortSet {
 
     /// The set as half-open ranges, ascending.
     pub fn ranges(&self) -> Vec<(u32, u32)> {
-        let mut ranges = Vec::new();
-        let mut start = None;
-        for port in 0..=65_536u32 {
-            let inside = u16::try_from(port).is_ok_and(|port| self.contains(port));
-            match (inside, start) {
-                (true, None) => start = Some(port),
-                (false, Some(first)) => {
-                    ranges.push((first, port));
-                    start = None;
+        let mut ranges: Vec<(u32, u32)> = Vec::new();
+        for (word, first) in self.0.iter().zip((0u32..).step_by(64)) {
+            let mut bits = *word;
+            while bits != 0 {
+                let skip = bits.trailing_zeros();
+                let run = (bits >> skip).trailing_ones();
+                let (start, end) = (first + skip, first + skip + run);
+                match ranges.last_mut() {
+                    Some(last) if last.1 == start => last.1 = end,
+                    _ => ranges.push((start, end)),
                 }
-                _ => {}
+                bits = if skip + run == 64 {
+                    0
+                } else {
+                    bits >> (skip + run) << (skip + run)
+                };
             }
         }
         ranges

@@ -2,9 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod aggregate;
 pub mod discovery;
 pub mod ir;
 pub mod schema;
+pub mod snapshot;
 pub mod translate;
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! One encoding for one meaning: fields by number, map entries by their bytes.
 //!
 //! Protobuf leaves the order of map entries open, and readers keep maps in hash order. Whoever compares content by its bytes has to settle it.
-//! Bytes inside an `Any` are left alone: whoever filled the `Any` encoded them here.
+//! An `Any` of a known type is put in order as well.
 
 use prost_reflect::prost::Message as _;
 use prost_reflect::prost::encoding::{decode_varint, encode_varint};
@@ -54,8 +54,32 @@ fn canonical(descriptor: &MessageDescriptor, bytes: &[u8], depth: usize) -> Opti
         }
         fields.push((number, false, start[..start.len() - rest.len()].to_vec()));
     }
+    if descriptor.full_name() == "google.protobuf.Any" {
+        put_any_in_order(&mut fields, depth);
+    }
     fields.sort_by(|a, b| (a.0, a.1.then_some(&a.2)).cmp(&(b.0, b.1.then_some(&b.2))));
     Some(fields.into_iter().flat_map(|(_, _, bytes)| bytes).collect())
+}
+
+/// Type URL and value of an `Any`, by field number.
+const TYPE_URL: u32 = 1;
+const VALUE: u32 = 2;
+
+fn put_any_in_order(fields: &mut [(u32, bool, Vec<u8>)], depth: usize) -> Option<()> {
+    let payload = |fields: &[(u32, bool, Vec<u8>)], number| -> Option<Vec<u8>> {
+        let mut bytes = fields.iter().find(|(n, ..)| *n == number)?.2.as_slice();
+        decode_varint(&mut bytes).ok()?;
+        take_delimited(&mut bytes).map(<[u8]>::to_vec)
+    };
+    let url = String::from_utf8(payload(fields, TYPE_URL)?).ok()?;
+    let inner = crate::schema::message(url.rsplit('/').next()?)?;
+    let ordered = canonical(&inner, &payload(fields, VALUE)?, depth + 1)?;
+    let field = fields.iter_mut().find(|(n, ..)| *n == VALUE)?;
+    field.2.clear();
+    encode_varint(u64::from(VALUE << 3 | 2), &mut field.2);
+    encode_varint(ordered.len() as u64, &mut field.2);
+    field.2.extend_from_slice(&ordered);
+    Some(())
 }
 
 fn take_delimited<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
