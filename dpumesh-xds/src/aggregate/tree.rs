@@ -23,46 +23,46 @@ pub enum Tree {
     /// By original destination port.
     Ports {
         /// Per port.
-        ports: BTreeMap<u16, Tree>,
+        ports: BTreeMap<u16, Self>,
         /// For every other.
-        other: Box<Tree>,
+        other: Box<Self>,
     },
     /// By original destination address, the longest prefix.
     Destinations {
         /// Prefixes with the same choice.
-        groups: Vec<(Vec<IpNet>, Tree)>,
+        groups: Vec<(Vec<IpNet>, Self)>,
         /// For every other.
-        other: Box<Tree>,
+        other: Box<Self>,
     },
     /// By source address.
     Sources {
         /// Addresses with the same choice.
-        groups: Vec<(Vec<IpAddr>, Tree)>,
+        groups: Vec<(Vec<IpAddr>, Self)>,
         /// For every other.
-        other: Box<Tree>,
+        other: Box<Self>,
     },
     /// By the server name of a ClientHello.
     ServerNames {
         /// This very name.
-        exact: BTreeMap<String, Tree>,
+        exact: BTreeMap<String, Self>,
         /// Names that end in `.b`, the longest first.
-        below: Vec<(String, Tree)>,
+        below: Vec<(String, Self)>,
         /// Every other, and none.
-        other: Box<Tree>,
+        other: Box<Self>,
     },
     /// By transport protocol.
     Transport {
         /// TLS.
-        tls: Box<Tree>,
+        tls: Box<Self>,
         /// Anything else.
-        plain: Box<Tree>,
+        plain: Box<Self>,
     },
     /// By the first application protocol of the connection that is in one of the groups.
     Protocols {
         /// Disjoint groups.
-        groups: Vec<(BTreeSet<String>, Tree)>,
+        groups: Vec<(BTreeSet<String>, Self)>,
         /// None of them.
-        other: Box<Tree>,
+        other: Box<Self>,
     },
 }
 

@@ -137,10 +137,10 @@ fn read_chain(at: &At, place: &str, walk: &mut Walk<'_>) -> Result<FilterChain, 
     body.clear_field_by_name("filter_chain_match");
     body.clear_field_by_name("name");
     let content = walk.content(&mut body, CHAIN, &at.path)?;
-    if let Some(Value::List(filters)) = body.get_field_by_name("filters").as_deref() {
-        if filters.is_empty() {
-            return Err(at.refuse("filters", "nothing is left of them"));
-        }
+    if let Some(Value::List(filters)) = body.get_field_by_name("filters").as_deref()
+        && filters.is_empty()
+    {
+        return Err(at.refuse("filters", "nothing is left of them"));
     }
     let name = at.text("name");
     Ok(FilterChain {

@@ -4,9 +4,11 @@ use crate::ir::{FilterChain, Listener, PodView, Role};
 
 use super::{Connection, FirstOctets};
 
-/// `None`: the connection is closed.
-pub(super) fn chain<'a>(view: &'a PodView, inbound: bool, c: &Connection) -> Option<&'a FilterChain> {
-    let listener = listener(view, inbound, c)?;
+/// `None`: the connection is closed. Also whether it offers protocols of several chains and first of all one of none.
+pub(super) fn chain<'a>(view: &'a PodView, inbound: bool, c: &Connection) -> (Option<&'a FilterChain>, bool) {
+    let Some(listener) = listener(view, inbound, c) else {
+        return (None, false);
+    };
     let tls_seen = listener.detection.tls.contains(c.port);
     let http_seen = listener.detection.http.contains(c.port);
     let (mut transport, mut name, mut protocols) = ("raw_buffer", None, Vec::new());
@@ -55,6 +57,7 @@ pub(super) fn chain<'a>(view: &'a PodView, inbound: bool, c: &Connection) -> Opt
     );
     let known = |p: &&String| left.iter().any(|f| f.matches.alpn.contains(p));
     let first = protocols.iter().find(known).cloned();
+    let undecided = first.as_ref() != protocols.first() && protocols.iter().filter(known).count() > 1;
     narrow(
         &mut left,
         |f| first.as_ref().is_some_and(|first| f.matches.alpn.contains(first)),
@@ -64,7 +67,10 @@ pub(super) fn chain<'a>(view: &'a PodView, inbound: bool, c: &Connection) -> Opt
         left.len() < 2,
         "Envoy refuses a listener with two chains for the same connections"
     );
-    left.first().copied().or(listener.default_chain.as_ref())
+    (
+        left.first().copied().or(listener.default_chain.as_ref()),
+        undecided,
+    )
 }
 
 fn narrow(
