@@ -1,4 +1,20 @@
-//! xDS for a mesh on DPUs.
+//! xDS for a mesh on DPUs: what an unmodified istiod says to many sidecars, made into what one shared proxy does.
+//!
+//! ```text
+//! istiod ─ADS─► client ─► translate ─► aggregate ─► snapshot ─► server ─ADS─► shared proxy (dpu-proxy or Envoy)
+//!               a stream   wire types   pure         versions    add before
+//!               per pod    stop here                             remove, ACK by name
+//! ```
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`discovery`] | the messages of the delta protocol, the types of resources |
+//! | [`schema`] | Envoy's descriptors: messages from JSON and from `Any`, unknown fields noticed |
+//! | [`translate`] | resources as istiod sends them into [`ir`]; Istio's own filters; refusals by path |
+//! | [`ir`] | one pod's configuration in our own words |
+//! | [`mod@aggregate`] | many pods' configurations as one, and the trees that choose by pod |
+//! | [`snapshot`] | resources with versions, and the difference between two states |
+//! | [`server`] | delta ADS towards the shared proxy |
 
 #![forbid(unsafe_code)]
 
@@ -6,6 +22,7 @@ pub mod aggregate;
 pub mod discovery;
 pub mod ir;
 pub mod schema;
+pub mod server;
 pub mod snapshot;
 pub mod translate;
 

@@ -1,0 +1,250 @@
+use super::session::Session;
+use super::*;
+use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
+use ResourceType::{Cluster, Endpoints, Listener, Route, Secret};
+
+fn snapshot(resources: &[(ResourceType, &str, &str)]) -> Arc<Snapshot> {
+    let mut snapshot = Snapshot::default();
+    for (kind, name, body) in resources {
+        snapshot.insert(*kind, *name, body.as_bytes().to_vec());
+    }
+    Arc::new(snapshot)
+}
+
+fn ask(kind: ResourceType, names: &[&str]) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        node: Some(Node {
+            id: "proxy".into(),
+            ..Node::default()
+        }),
+        type_url: kind.url().into(),
+        resource_names_subscribe: names.iter().map(|n| (*n).to_owned()).collect(),
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+fn ack(response: &DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: response.type_url.clone(),
+        response_nonce: response.nonce.clone(),
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+fn nack(response: &DeltaDiscoveryResponse, why: &str) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        error_detail: Some(Status {
+            code: 3,
+            message: why.into(),
+        }),
+        ..ack(response)
+    }
+}
+
+/// `+name` for what came, `-name` for what went, by type.
+fn shown(responses: &[DeltaDiscoveryResponse]) -> Vec<String> {
+    let one = |r: &DeltaDiscoveryResponse| {
+        let mut text = ResourceType::from_url(&r.type_url).unwrap().word().to_owned();
+        r.resources
+            .iter()
+            .for_each(|r| text.push_str(&format!(" +{}", r.name)));
+        r.removed_resources
+            .iter()
+            .for_each(|name| text.push_str(&format!(" -{name}")));
+        text
+    };
+    responses.iter().map(one).collect()
+}
+
+fn settle(session: &mut Session) -> Vec<String> {
+    let mut all = Vec::new();
+    loop {
+        let responses = session.responses();
+        if responses.is_empty() {
+            return all;
+        }
+        all.extend(shown(&responses));
+        for response in &responses {
+            session.request(ack(response)).unwrap();
+        }
+    }
+}
+
+fn started(first: &Arc<Snapshot>) -> Session {
+    let mut session = Session::default();
+    session.publish(Arc::clone(first));
+    for request in [
+        ask(Listener, &[]),
+        ask(Cluster, &[]),
+        ask(Endpoints, &["a"]),
+        ask(Route, &["80"]),
+    ] {
+        session.request(request).unwrap();
+    }
+    session
+}
+
+fn first() -> Arc<Snapshot> {
+    snapshot(&[
+        (Listener, "l", "to a"),
+        (Cluster, "a", "1"),
+        (Endpoints, "a", "x"),
+        (Endpoints, "other", "x"),
+        (Route, "80", "to a"),
+    ])
+}
+
+#[test]
+fn the_first_answers_come_in_the_order_in_which_things_refer() {
+    let mut session = started(&first());
+    assert_eq!(
+        settle(&mut session),
+        ["cluster +a", "endpoints +a", "listener +l", "route +80"]
+    );
+    assert_eq!(
+        session
+            .events
+            .iter()
+            .filter(|e| e.outcome == Outcome::Ack)
+            .count(),
+        4
+    );
+    assert_eq!(settle(&mut session), Vec::<String>::new());
+}
+
+#[test]
+fn only_what_changed_travels_and_removals_come_last() {
+    let mut session = started(&first());
+    settle(&mut session);
+    session.request(ask(Endpoints, &["b"])).unwrap();
+    assert_eq!(settle(&mut session), ["endpoints -b"]);
+    session.publish(snapshot(&[
+        (Listener, "l", "to b"),
+        (Cluster, "b", "1"),
+        (Endpoints, "b", "x"),
+        (Route, "80", "to a"),
+    ]));
+    assert_eq!(
+        settle(&mut session),
+        [
+            "cluster +b",
+            "endpoints +b",
+            "listener +l",
+            "cluster -a",
+            "endpoints -a"
+        ]
+    );
+}
+
+#[test]
+fn removals_wait_while_something_is_refused() {
+    let mut session = started(&first());
+    settle(&mut session);
+    session.events.clear();
+    session.publish(snapshot(&[(Listener, "l", "bad"), (Route, "80", "to a")]));
+    let sent = session.responses();
+    assert_eq!(shown(&sent), ["listener +l"]);
+    session.request(nack(&sent[0], "filter_chains: bad")).unwrap();
+    assert_eq!(
+        settle(&mut session),
+        Vec::<String>::new(),
+        "the refused one is not sent again, and its cluster stays"
+    );
+    assert_eq!(
+        session.events,
+        [Event {
+            node: "proxy".into(),
+            kind: Listener,
+            names: vec!["l".into()],
+            outcome: Outcome::Nack("filter_chains: bad".into()),
+        }]
+    );
+    session.publish(snapshot(&[(Listener, "l", "good"), (Route, "80", "to a")]));
+    assert_eq!(
+        settle(&mut session),
+        ["listener +l", "cluster -a", "endpoints -a"]
+    );
+}
+
+#[test]
+fn a_slow_client_gets_the_newest_state_only() {
+    let mut session = started(&first());
+    settle(&mut session);
+    session.publish(snapshot(&[(Cluster, "a", "2")]));
+    let sent = session.responses();
+    assert_eq!(
+        shown(&sent),
+        ["cluster +a", "endpoints -a"],
+        "a changed cluster wants its endpoints again"
+    );
+    for version in ["3", "4", "5"] {
+        session.publish(snapshot(&[(Cluster, "a", version), (Endpoints, "a", "x")]));
+        assert_eq!(shown(&session.responses()), Vec::<String>::new());
+    }
+    session
+        .request(ack(&DeltaDiscoveryResponse {
+            nonce: "stale".into(),
+            ..sent[0].clone()
+        }))
+        .unwrap();
+    assert_eq!(
+        shown(&session.responses()),
+        Vec::<String>::new(),
+        "a nonce nobody waits for acknowledges nothing"
+    );
+    session.request(ack(&sent[0])).unwrap();
+    let newest = session.responses();
+    assert_eq!(shown(&newest), ["cluster +a"]);
+    assert_eq!(newest[0].resources[0].resource.as_ref().unwrap().value, b"5");
+}
+
+#[test]
+fn who_comes_back_gets_the_difference() {
+    let state = first();
+    let mut session = Session::default();
+    session.publish(Arc::clone(&state));
+    let mut request = ask(Cluster, &[]);
+    request.initial_resource_versions = [
+        ("a".to_owned(), state.get(Cluster, "a").unwrap().version.clone()),
+        ("gone".to_owned(), "old".to_owned()),
+    ]
+    .into();
+    session.request(request).unwrap();
+    assert_eq!(settle(&mut session), ["cluster", "cluster -gone"]);
+}
+
+#[test]
+fn secrets_are_refused_by_name() {
+    let mut session = started(&first());
+    settle(&mut session);
+    session.events.clear();
+    session.request(ask(Secret, &["spiffe://x"])).unwrap();
+    assert_eq!(shown(&session.responses()), ["secret -spiffe://x"]);
+    assert_eq!(session.events[0].outcome, Outcome::Refused);
+    assert_eq!(session.events[0].names, ["spiffe://x"]);
+}
+
+#[test]
+fn a_stream_must_say_who_it_is() {
+    let mut request = ask(Cluster, &[]);
+    request.node = None;
+    assert!(Session::default().request(request).is_err());
+}
+
+#[test]
+fn what_is_asked_for_again_is_sent_again() {
+    let mut session = started(&first());
+    settle(&mut session);
+    session.request(ask(Endpoints, &["a"])).unwrap();
+    assert_eq!(settle(&mut session), ["endpoints +a"]);
+    let mut leave = ask(Endpoints, &[]);
+    leave.resource_names_unsubscribe = vec!["a".into()];
+    session.request(leave).unwrap();
+    session.publish(snapshot(&[
+        (Listener, "l", "to a"),
+        (Cluster, "a", "1"),
+        (Endpoints, "a", "y"),
+        (Route, "80", "to a"),
+    ]));
+    assert_eq!(settle(&mut session), Vec::<String>::new());
+}
