@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`discovery`] | the messages of the delta protocol, the types of resources |
 //! | [`schema`] | Envoy's descriptors: messages from JSON and from `Any`, unknown fields noticed |
+//! | [`client`] | one stream for one pod identity: connections, tokens, reconnects, ACK and NACK |
 //! | [`translate`] | resources as istiod sends them into [`ir`]; Istio's own filters; refusals by path |
 //! | [`ir`] | one pod's configuration in our own words |
 //! | [`mod@aggregate`] | many pods' configurations as one, and the trees that choose by pod |
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod aggregate;
+pub mod client;
 pub mod discovery;
 pub mod ir;
 pub mod schema;
