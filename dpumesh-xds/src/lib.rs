@@ -16,9 +16,11 @@
 //! | [`mod@aggregate`] | many pods' configurations as one, and the trees that choose by pod |
 //! | [`snapshot`] | resources with versions, and the difference between two states |
 //! | [`server`] | delta ADS towards the shared proxy |
+//! | [`adapter`] | all of it for a list of pods; program `istio-dpu-adapter` |
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod aggregate;
 pub mod client;
 pub mod discovery;
