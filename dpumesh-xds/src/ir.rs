@@ -3,7 +3,7 @@
 //!
 //! Typed are addresses, filter-chain criteria, protocol detection, references between resources, EDS names and whether
 //! something holds state of its one proxy. A body is the rest of a resource (filters, routes, load balancing), already checked and
-//! normalised by [`crate::translate`], in a canonical encoding: equal meaning, equal bytes, equal [`Hash`].
+//! normalised by [`crate::translate`], in a canonical encoding: equal meaning, equal bytes, equal [`struct@Hash`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -346,6 +346,25 @@ impl Identity {
         format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
     }
 
+    /// The identity of such a name; `None` for anything else.
+    pub fn parse(spiffe: &str) -> Option<Self> {
+        let parts: Vec<&str> = spiffe.strip_prefix("spiffe://")?.split('/').collect();
+        let [trust_domain, "ns", namespace, "sa", service_account] = parts[..] else {
+            return None;
+        };
+        if [trust_domain, namespace, service_account]
+            .iter()
+            .any(|part| part.is_empty())
+        {
+            return None;
+        }
+        Some(Self {
+            trust_domain: trust_domain.to_owned(),
+            namespace: namespace.to_owned(),
+            service_account: service_account.to_owned(),
+        })
+    }
+
     /// The name of the roots it trusts.
     pub fn roots(&self) -> String {
         format!("ROOTCA@{}", self.trust_domain)
@@ -449,6 +468,23 @@ impl PodView {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_identity_is_its_name() {
+        let name = "spiffe://cluster.local/ns/shop/sa/front";
+        assert_eq!(Identity::parse(name).unwrap().spiffe(), name);
+        for bad in [
+            "",
+            "spiffe://",
+            "https://cluster.local/ns/shop/sa/front",
+            "spiffe://cluster.local/ns/shop/sa/",
+            "spiffe://cluster.local/ns//sa/front",
+            "spiffe://cluster.local/ns/shop/sa/front/more",
+            "ROOTCA@cluster.local",
+        ] {
+            assert_eq!(Identity::parse(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn a_port_set_is_what_its_ranges_say() {

@@ -16,6 +16,7 @@
 //! | [`mod@aggregate`] | many pods' configurations as one, and the trees that choose by pod |
 //! | [`snapshot`] | resources with versions, and the difference between two states |
 //! | [`server`] | delta ADS towards the shared proxy |
+//! | [`keys`] | keys made on the SoC, their certificates through a relay, SDS for Envoy beside them |
 //! | [`adapter`] | all of it for a list of pods; program `istio-dpu-adapter` |
 
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ pub mod aggregate;
 pub mod client;
 pub mod discovery;
 pub mod ir;
+pub mod keys;
 pub mod schema;
 pub mod server;
 pub mod snapshot;

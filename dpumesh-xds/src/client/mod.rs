@@ -368,7 +368,7 @@ fn causes(error: &dyn std::error::Error) -> String {
 }
 
 /// A random wait of at most a bound that doubles with each failure: many clients that lost one server do not come back together.
-fn full_jitter(failures: u32) -> Duration {
+pub(crate) fn full_jitter(failures: u32) -> Duration {
     let bound = BACKOFF.0.saturating_mul(1 << failures.min(16)).min(BACKOFF.1);
     bound.mul_f64(fastrand::f64())
 }

@@ -1,0 +1,125 @@
+//! The way to the CA: Istio's own certificate service, with the identity named in the request's metadata.
+//!
+//! Towards the adapter the connection is that of the proxy (mutual TLS), which is no workload's: so the identity is said, as Istio's node
+//! proxy says it, and the adapter vouches for it with the token of a local pod.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use prost_types::{Struct, Value, value};
+use tonic::client::Grpc;
+use tonic::transport::Channel;
+
+use crate::ir::Identity;
+
+/// Name of the gRPC service.
+pub(crate) const SERVICE: &str = "istio.v1.auth.IstioCertificateService";
+
+/// Path of its call.
+pub(crate) const CREATE_CERTIFICATE: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
+
+/// The key of the metadata that names whose certificate is wanted.
+pub(crate) const IMPERSONATED: &str = "ImpersonatedIdentity";
+
+/// How long one request may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// `istio.v1.auth.IstioCertificateRequest`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct CertificateRequest {
+    /// PEM.
+    #[prost(string, tag = "1")]
+    pub(crate) csr: String,
+    /// Seconds; 0 leaves it to the CA.
+    #[prost(int64, tag = "3")]
+    pub(crate) validity_duration: i64,
+    /// Names the identity for whom the caller asks.
+    #[prost(message, optional, tag = "4")]
+    pub(crate) metadata: Option<Struct>,
+}
+
+impl CertificateRequest {
+    /// A request on behalf of `identity`.
+    pub(crate) fn impersonating(identity: &Identity, csr: &str) -> Self {
+        let name = Value {
+            kind: Some(value::Kind::StringValue(identity.spiffe())),
+        };
+        Self {
+            csr: csr.to_owned(),
+            validity_duration: 0,
+            metadata: Some(Struct {
+                fields: BTreeMap::from([(IMPERSONATED.to_owned(), name)]),
+            }),
+        }
+    }
+}
+
+/// `istio.v1.auth.IstioCertificateResponse`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct CertificateResponse {
+    /// PEM, leaf first, root last.
+    #[prost(string, repeated, tag = "1")]
+    pub(crate) cert_chain: Vec<String>,
+}
+
+/// A CA did not sign.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct RelayError(pub String);
+
+/// Who gets CSRs signed.
+#[async_trait]
+pub trait Relay: fmt::Debug + Send + Sync {
+    /// Gets a certificate for `identity` and the key of the request: PEM, leaf first, root last. The caller checks what comes back.
+    /// Cancelling leaves nothing behind here; the CA may have signed.
+    ///
+    /// # Errors
+    /// The CA or the way to it refuses, or cannot be reached; all are worth another attempt later.
+    async fn sign(&self, identity: &Identity, csr_pem: &str) -> Result<Vec<String>, RelayError>;
+}
+
+/// A [`Relay`] over the adapter's (or any) `IstioCertificateService`.
+#[derive(Debug, Clone)]
+pub struct IstioRelay {
+    channel: Channel,
+}
+
+impl IstioRelay {
+    /// Over this connection ([`crate::client::channel`]); it may be the one that xDS uses.
+    pub fn new(channel: Channel) -> Self {
+        Self { channel }
+    }
+}
+
+#[async_trait]
+impl Relay for IstioRelay {
+    async fn sign(&self, identity: &Identity, csr_pem: &str) -> Result<Vec<String>, RelayError> {
+        let request = tonic::Request::new(CertificateRequest::impersonating(identity, csr_pem));
+        create(self.channel.clone(), request)
+            .await
+            .map(|response| response.cert_chain)
+            .map_err(|status| RelayError(format!("{:?}: {}", status.code(), status.message())))
+    }
+}
+
+/// One call of the service.
+pub(crate) async fn create(
+    channel: Channel,
+    mut request: tonic::Request<CertificateRequest>,
+) -> Result<CertificateResponse, tonic::Status> {
+    request.set_timeout(PATIENCE);
+    let mut grpc = Grpc::new(channel);
+    let call = async {
+        grpc.ready()
+            .await
+            .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        let codec = tonic_prost::ProstCodec::<CertificateRequest, CertificateResponse>::default();
+        let path = http::uri::PathAndQuery::from_static(CREATE_CERTIFICATE);
+        grpc.unary(request, path, codec).await
+    };
+    let answered = tokio::time::timeout(PATIENCE, call).await;
+    let response = answered.map_err(|_| tonic::Status::deadline_exceeded("no answer in time"))??;
+    Ok(response.into_inner())
+}
