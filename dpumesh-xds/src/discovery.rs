@@ -180,6 +180,46 @@ pub struct DeltaDiscoveryResponse {
     pub removed_resources: Vec<String>,
 }
 
+/// What a state-of-the-world client asks: all it wants, each time.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct DiscoveryRequest {
+    /// Version of the last response it took.
+    #[prost(string, tag = "1")]
+    pub version_info: String,
+    /// Who asks.
+    #[prost(message, optional, tag = "2")]
+    pub node: Option<Node>,
+    /// All names wanted.
+    #[prost(string, repeated, tag = "3")]
+    pub resource_names: Vec<String>,
+    /// Which type this is about.
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    /// Set when this answers a response.
+    #[prost(string, tag = "5")]
+    pub response_nonce: String,
+    /// Set when that response was refused.
+    #[prost(message, optional, tag = "6")]
+    pub error_detail: Option<Status>,
+}
+
+/// Resources for a state-of-the-world client.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct DiscoveryResponse {
+    /// Opaque.
+    #[prost(string, tag = "1")]
+    pub version_info: String,
+    /// The messages.
+    #[prost(message, repeated, tag = "2")]
+    pub resources: Vec<prost_types::Any>,
+    /// Which type.
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    /// To be said back.
+    #[prost(string, tag = "5")]
+    pub nonce: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,6 +252,26 @@ mod tests {
                     ("type_url", 4),
                     ("nonce", 5),
                     ("removed_resources", 6),
+                ],
+            ),
+            (
+                "envoy.service.discovery.v3.DiscoveryRequest",
+                &[
+                    ("version_info", 1),
+                    ("node", 2),
+                    ("resource_names", 3),
+                    ("type_url", 4),
+                    ("response_nonce", 5),
+                    ("error_detail", 6),
+                ],
+            ),
+            (
+                "envoy.service.discovery.v3.DiscoveryResponse",
+                &[
+                    ("version_info", 1),
+                    ("resources", 2),
+                    ("type_url", 4),
+                    ("nonce", 5),
                 ],
             ),
             (

@@ -1,7 +1,7 @@
 //! Keys of workloads, made where they are used: on the SoC, in the shared proxy's memory.
 //!
 //! ```text
-//! want(identity) ─► new P-256 key ─► CSR ─► Relay ─► chain ─► check ─► Certified ─► whoever watches
+//! want(identity) ─► new P-256 key ─► CSR ─► Relay ─► chain ─► check ─► Certified ─► whoever watches; Envoy by [`sds`]
 //!                        ▲                                       │
 //!                        └── at half of the lifetime, or after a ◄┘ (refused or unreachable: the last good one stays)
 //!                            random wait that doubles
@@ -17,6 +17,7 @@
 
 pub mod check;
 mod relay;
+pub mod sds;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -291,3 +292,6 @@ fn renew_in(not_before: SystemTime, not_after: SystemTime, now: SystemTime, rand
     let due = not_before + lifetime.mul_f64(0.45 + 0.1 * random);
     due.duration_since(now).unwrap_or_default().max(SHORTEST)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
