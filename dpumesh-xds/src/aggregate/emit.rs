@@ -31,10 +31,10 @@ pub(super) fn snapshot(
     snapshot.insert(ResourceType::Cluster, DENY_CLUSTER, encode(&deny_cluster()));
     for (name, cluster) in &shared.clusters {
         let mut message = named(&cluster.content.body, "name", name);
-        if let (Some(service), Some(Value::Message(eds))) = (
-            &cluster.endpoints,
-            message.get_field_by_name_mut("eds_cluster_config"),
-        ) {
+        // Asked in this order: asking for a field to change it puts it there.
+        if let Some(service) = &cluster.endpoints
+            && let Some(Value::Message(eds)) = message.get_field_by_name_mut("eds_cluster_config")
+        {
             eds.set_field_by_name("service_name", Value::String(service.clone()));
         }
         snapshot.insert(ResourceType::Cluster, name, encode(&message));

@@ -137,6 +137,18 @@ fn what_is_equal_is_shared_and_what_holds_state_is_not() {
 }
 
 #[test]
+fn only_clusters_discovered_by_eds_say_how() {
+    let proxy = Proxy::new(&aggregate(&views(), &OPTIONS).snapshot);
+    for (name, cluster) in &proxy.clusters {
+        assert_eq!(
+            cluster.has("eds_cluster_config"),
+            cluster.choice("type") == "EDS",
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn same_pods_in_any_order_give_the_same_bytes() {
     let forwards = aggregate(&views(), &OPTIONS).snapshot;
     let mut turned = views();
