@@ -237,7 +237,11 @@ impl PodStream {
             ResourceType::Route => drop(self.view.routes.remove(name)),
             ResourceType::Cluster => drop(self.view.clusters.remove(name)),
             ResourceType::Endpoints => drop(self.view.endpoints.remove(name)),
-            ResourceType::Extension | ResourceType::NameTable | ResourceType::Secret => {}
+            ResourceType::Extension
+            | ResourceType::NameTable
+            | ResourceType::Secret
+            | ResourceType::Binding
+            | ResourceType::Peer => {}
         }
     }
 }

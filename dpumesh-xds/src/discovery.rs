@@ -30,11 +30,15 @@ pub enum ResourceType {
     NameTable,
     /// SDS: secrets. Never asked for and never served.
     Secret,
+    /// Our own: a pod of the adapter's node, [`crate::mesh::Binding`].
+    Binding,
+    /// Our own: another node, [`crate::mesh::Peer`].
+    Peer,
 }
 
 impl ResourceType {
     /// Every type, in the order in which additions travel: what is referred to comes before what refers to it.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Cluster,
         Self::Endpoints,
         Self::Extension,
@@ -42,6 +46,8 @@ impl ResourceType {
         Self::Route,
         Self::NameTable,
         Self::Secret,
+        Self::Binding,
+        Self::Peer,
     ];
 
     /// The type URL on the wire.
@@ -54,6 +60,8 @@ impl ResourceType {
             Self::Extension => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
             Self::NameTable => "type.googleapis.com/istio.networking.nds.v1.NameTable",
             Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+            Self::Binding => "type.googleapis.com/dpumesh.v1.Binding",
+            Self::Peer => "type.googleapis.com/dpumesh.v1.Peer",
         }
     }
 
@@ -69,7 +77,10 @@ impl ResourceType {
 
     /// Whether an empty first subscription means everything there is.
     pub const fn is_wildcard(self) -> bool {
-        matches!(self, Self::Cluster | Self::Listener)
+        matches!(
+            self,
+            Self::Cluster | Self::Listener | Self::Binding | Self::Peer
+        )
     }
 
     /// The word people use: `listener`, `cluster` …
@@ -82,6 +93,8 @@ impl ResourceType {
             Self::Extension => "extension",
             Self::NameTable => "name table",
             Self::Secret => "secret",
+            Self::Binding => "binding",
+            Self::Peer => "peer",
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | [`schema`] | Envoy's descriptors: messages from JSON and from `Any`, unknown fields noticed |
 //! | [`client`] | one stream for one pod identity: connections, tokens, reconnects, ACK and NACK |
 //! | [`translate`] | resources as istiod sends them into [`ir`]; Istio's own filters; refusals by path |
+//! | [`mesh`] | what the controller tells the adapter: pods of its node, other nodes |
 //! | [`ir`] | one pod's configuration in our own words |
 //! | [`mod@aggregate`] | many pods' configurations as one, and the trees that choose by pod |
 //! | [`snapshot`] | resources with versions, and the difference between two states |
@@ -27,6 +28,7 @@ pub mod client;
 pub mod discovery;
 pub mod ir;
 pub mod keys;
+pub mod mesh;
 pub mod schema;
 pub mod server;
 pub mod snapshot;

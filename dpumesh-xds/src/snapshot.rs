@@ -78,12 +78,14 @@ pub enum Step<'a> {
 }
 
 /// The order in which types lose resources: what refers goes before what is referred to.
-pub const REMOVAL: [ResourceType; 5] = [
+pub const REMOVAL: [ResourceType; 7] = [
     ResourceType::Listener,
     ResourceType::Route,
     ResourceType::Extension,
     ResourceType::Cluster,
     ResourceType::Endpoints,
+    ResourceType::Binding,
+    ResourceType::Peer,
 ];
 
 /// What turns `old` into `new`, add before remove: clusters and endpoints first, then listeners and routes, then removals the other
