@@ -77,10 +77,7 @@ impl ResourceType {
 
     /// Whether an empty first subscription means everything there is.
     pub const fn is_wildcard(self) -> bool {
-        matches!(
-            self,
-            Self::Cluster | Self::Listener | Self::Binding | Self::Peer
-        )
+        matches!(self, Self::Cluster | Self::Listener | Self::Binding | Self::Peer)
     }
 
     /// The word people use: `listener`, `cluster` …

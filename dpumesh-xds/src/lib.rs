@@ -18,7 +18,10 @@
 //! | [`snapshot`] | resources with versions, and the difference between two states |
 //! | [`server`] | delta ADS towards the shared proxy |
 //! | [`keys`] | keys made on the SoC, their certificates through a relay, SDS for Envoy beside them |
-//! | [`adapter`] | all of it for a list of pods; program `istio-dpu-adapter` |
+//! | [`local`] | the node agent's door: which pods are here, when they are governed |
+//! | [`socket`] | Unix sockets that only their user opens |
+//! | [`program`] | how the programs begin and end |
+//! | [`adapter`] | all of it for the pods of a node; program `istio-dpu-adapter` |
 
 #![forbid(unsafe_code)]
 
@@ -28,10 +31,13 @@ pub mod client;
 pub mod discovery;
 pub mod ir;
 pub mod keys;
+pub mod local;
 pub mod mesh;
+pub mod program;
 pub mod schema;
 pub mod server;
 pub mod snapshot;
+pub mod socket;
 pub mod translate;
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::discovery::ResourceType;
 use crate::ir::{Pod, PodView};
 use crate::snapshot::Snapshot;
 use crate::translate::Note;
@@ -84,9 +85,15 @@ pub struct Aggregate {
     pub closed: Vec<Closed>,
     /// What differs from N sidecars.
     pub notes: Vec<Note>,
+    /// Which pods use what.
+    pub users: Users,
     /// How much was shared.
     pub figures: Figures,
 }
+
+/// Pods by what they use under its final name: clusters, endpoints, routes, and under [`ResourceType::Listener`] the chains of both
+/// listeners.
+pub type Users = BTreeMap<(ResourceType, String), BTreeSet<String>>;
 
 /// Counts of one aggregation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -134,6 +141,7 @@ pub fn aggregate(views: &[PodView], options: &Options) -> Aggregate {
         snapshot,
         closed,
         notes,
+        users: shared.users,
         figures,
     }
 }

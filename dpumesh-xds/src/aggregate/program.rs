@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::tree::{self, Tree, TreeError};
-use super::{Census, Interned, Variant};
+use super::{Census, Interned, Users, Variant};
+use crate::discovery::ResourceType;
 use crate::ir::{Content, FilterChain, Hash, Identity, Listener, Pod, PodView};
 use crate::translate::{Note, Renames, renamed};
 
@@ -41,6 +42,7 @@ pub(super) struct Shared {
     pub(super) outbound: BTreeMap<String, SharedChain>,
     pub(super) inbound: BTreeMap<String, SharedChain>,
     pub(super) notes: Vec<Note>,
+    pub(super) users: Users,
     /// Per pod: what its own names became.
     renames: HashMap<String, Renames>,
     /// Content and renames met before.
@@ -74,6 +76,7 @@ impl Shared {
             for assignment in view.endpoints.values() {
                 let new = settled[&(assignment.name.clone(), variant(&assignment.content))].clone();
                 names.insert((view.pod.key(), assignment.name.clone()), new.clone());
+                self.uses(ResourceType::Endpoints, &new, &view.pod.key());
                 self.endpoints
                     .entry(new)
                     .or_insert_with(|| Arc::new(assignment.content.clone()));
@@ -106,6 +109,7 @@ impl Shared {
         let mut names = Names::new();
         for (pod, cluster, endpoints, variant) in found {
             let new = settled[&(cluster.name.clone(), variant)].clone();
+            self.uses(ResourceType::Cluster, &new, &pod);
             names.insert((pod, cluster.name.clone()), new.clone());
             self.clusters.entry(new).or_insert_with(|| SharedCluster {
                 content: Arc::new(cluster.content.clone()),
@@ -136,6 +140,7 @@ impl Shared {
         let settled = census.settle();
         for (pod, name, content, variant) in found {
             let new = settled[&(name.clone(), variant)].clone();
+            self.uses(ResourceType::Route, &new, &pod);
             if let Some(renames) = self.renames.get_mut(&pod) {
                 renames.routes.insert(name, new.clone());
             }
@@ -217,12 +222,18 @@ impl Shared {
         Ok(program)
     }
 
+    fn uses(&mut self, kind: ResourceType, name: &str, pod: &str) {
+        let users = self.users.entry((kind, name.to_owned())).or_default();
+        users.insert(pod.to_owned());
+    }
+
     fn chains(&mut self, listener: &Listener, pod: &Pod, inbound: bool, into: &mut Placed) {
         let renames = self.renames.get(&pod.key()).cloned().unwrap_or_default();
         for (index, chain) in indexed(listener) {
             let content = self.rename(&chain.content, &renames);
             let identity = (!inbound).then(|| pod.identity.clone());
             let name = chain_name(listener, chain, pod, &content, identity.as_ref());
+            self.uses(ResourceType::Listener, &name, &pod.key());
             into.insert(
                 (listener.name.clone(), index),
                 (name, SharedChain { content, identity }),

@@ -112,6 +112,18 @@ pub enum Credential {
     Connection,
     /// The bearer token in this file, read anew for each stream: tokens rotate.
     TokenFile(PathBuf),
+    /// The bearer token from here, asked for anew for each stream.
+    Token(Arc<dyn TokenSource>),
+}
+
+/// Where a bearer token comes from.
+#[async_trait]
+pub trait TokenSource: std::fmt::Debug + Send + Sync {
+    /// A token that is good now; `None`: none is needed.
+    ///
+    /// # Errors
+    /// There is none; the text says why. Worth another attempt later.
+    async fn token(&self) -> Result<Option<String>, String>;
 }
 
 /// A change of one type, as it came.
@@ -264,18 +276,20 @@ impl Client {
     }
 
     async fn token(&self) -> Result<Option<MetadataValue<Ascii>>, End> {
-        let Credential::TokenFile(path) = &self.credential else {
-            return Ok(None);
+        let text = match &self.credential {
+            Credential::Connection => return Ok(None),
+            Credential::TokenFile(path) => tokio::fs::read_to_string(path)
+                .await
+                .map_err(|error| End::broken(format!("token {}: {error}", path.display())))?,
+            Credential::Token(source) => {
+                let token = source.token().await;
+                match token.map_err(|error| End::broken(format!("token: {error}")))? {
+                    Some(token) => token,
+                    None => return Ok(None),
+                }
+            }
         };
-        let shown = path.display();
-        let text = tokio::fs::read_to_string(path)
-            .await
-            .map_err(|error| End::broken(format!("token {shown}: {error}")))?;
-        let mut value: MetadataValue<Ascii> = format!("Bearer {}", text.trim())
-            .parse()
-            .map_err(|_| End::broken(format!("token {shown}: has characters no header may have")))?;
-        value.set_sensitive(true);
-        Ok(Some(value))
+        bearer(&text).map(Some).map_err(End::broken)
     }
 
     /// Applies a response; the requests that answer it.
@@ -305,6 +319,15 @@ impl Client {
         );
         state.applied(receipt, applied)
     }
+}
+
+/// The value of an `authorization` header.
+pub(crate) fn bearer(token: &str) -> Result<MetadataValue<Ascii>, &'static str> {
+    let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
+        .parse()
+        .map_err(|_| "the token has characters that no header may have")?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 async fn send(

@@ -28,6 +28,9 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+pub(crate) use relay::{
+    CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, SERVICE, create,
+};
 pub use relay::{IstioRelay, Relay, RelayError};
 
 use crate::client::full_jitter;

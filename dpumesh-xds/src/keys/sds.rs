@@ -4,21 +4,18 @@
 //! domain. A name is answered once there is something to answer with: until then Envoy holds the connections that need it. Of any other
 //! name a delta client is told that it is not there; the other protocol has no words for that.
 //!
-//! Whoever reaches this service gets private keys. [`bind`] makes a Unix socket that only its own user can open.
+//! Whoever reaches this service gets private keys. [`crate::socket::bind`] makes a Unix socket that only its own user can open.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::future::Future;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use prost::Message as _;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream, WatchStream};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_stream::{Stream, StreamExt as _, StreamMap};
 use tonic::body::Body;
 use tonic::server::{Grpc, NamedService, StreamingService};
@@ -43,21 +40,6 @@ const MAX_NAMES: usize = 16_384;
 
 /// Responses on their way to one client.
 const RESPONSES: usize = 8;
-
-/// A Unix socket at `path` that only this process' user can open, in place of what was there.
-///
-/// # Errors
-/// The folder is not there or not writable.
-pub fn bind(path: &Path) -> std::io::Result<UnixListenerStream> {
-    // Under another name first: nobody can open it before its mode is right.
-    let mut fresh = path.as_os_str().to_owned();
-    fresh.push(".new");
-    let _ = std::fs::remove_file(&fresh);
-    let listener = UnixListener::bind(&fresh)?;
-    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
-    std::fs::rename(&fresh, path)?;
-    Ok(UnixListenerStream::new(listener))
-}
 
 /// The gRPC service, for `tonic::transport::Server::add_service`.
 #[derive(Debug, Clone)]

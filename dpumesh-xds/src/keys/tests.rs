@@ -239,8 +239,7 @@ fn a_renewal_is_due_at_half_of_the_lifetime() {
 /// An SDS server on a Unix socket and a channel to it.
 async fn sds(store: &KeyStore, folder: &std::path::Path) -> tonic::transport::Channel {
     let path = folder.join("sds");
-    std::fs::write(&path, "stale").unwrap();
-    let incoming = sds::bind(&path).unwrap();
+    let incoming = crate::socket::bind(&path).unwrap();
     let service = sds::SdsService::new(store.clone());
     tokio::spawn(
         tonic::transport::Server::builder()

@@ -36,6 +36,8 @@ pub struct Event {
     pub kind: ResourceType,
     /// Resources that were sent, or asked for.
     pub names: Vec<String>,
+    /// The newest snapshot when the response was sent, as counted by [`Publisher::publish`].
+    pub generation: u64,
     /// What happened.
     pub outcome: Outcome,
 }
@@ -45,6 +47,8 @@ pub struct Event {
 pub enum Outcome {
     /// The proxy took the resources.
     Ack,
+    /// The proxy has taken everything in the snapshot of this event's generation: it asked for all of it, and acknowledged it.
+    InStep,
     /// The proxy refused the response; its words.
     Nack(String),
     /// The proxy asked for what is never served.
@@ -52,6 +56,9 @@ pub enum Outcome {
     /// The stream ended.
     Gone,
 }
+
+/// A snapshot and its generation.
+type Current = (u64, Arc<Snapshot>);
 
 /// Counts since the start.
 #[derive(Debug, Default)]
@@ -79,7 +86,7 @@ impl Counters {
 /// The caller's end of a server: it publishes here. Streams are served by [`Self::service`].
 #[derive(Debug)]
 pub struct Publisher {
-    current: watch::Sender<Option<Arc<Snapshot>>>,
+    current: watch::Sender<Option<Current>>,
     events: mpsc::Sender<Event>,
     counters: Arc<Counters>,
 }
@@ -96,9 +103,15 @@ impl Publisher {
         (publisher, receiver)
     }
 
-    /// Makes `snapshot` what every proxy should have. Does not wait for any.
-    pub fn publish(&self, snapshot: Arc<Snapshot>) {
-        self.current.send_replace(Some(snapshot));
+    /// Makes `snapshot` what every proxy should have. Does not wait for any. Returns its generation: 1 for the first, then
+    /// one more each time.
+    pub fn publish(&self, snapshot: Arc<Snapshot>) -> u64 {
+        let mut generation = 0;
+        self.current.send_modify(|current| {
+            generation = current.as_ref().map_or(0, |(generation, _)| *generation) + 1;
+            *current = Some((generation, snapshot));
+        });
+        generation
     }
 
     /// Counts since the start.

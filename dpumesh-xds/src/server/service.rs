@@ -14,9 +14,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tower_service::Service;
 
 use super::session::Session;
-use super::{Counters, Event, Outcome};
+use super::{Counters, Current, Event, Outcome};
 use crate::discovery::{DELTA_CALL, DeltaDiscoveryRequest, DeltaDiscoveryResponse, SERVICE};
-use crate::snapshot::Snapshot;
 
 /// Responses on their way to one proxy's transport.
 const RESPONSES: usize = 8;
@@ -27,14 +26,14 @@ const MAX_REQUEST: usize = 64 << 20;
 /// Serves `AggregatedDiscoveryService/DeltaAggregatedResources`.
 #[derive(Debug, Clone)]
 pub struct AdsService {
-    current: watch::Receiver<Option<Arc<Snapshot>>>,
+    current: watch::Receiver<Option<Current>>,
     events: mpsc::Sender<Event>,
     counters: Arc<Counters>,
 }
 
 impl AdsService {
     pub(super) fn new(
-        current: watch::Receiver<Option<Arc<Snapshot>>>,
+        current: watch::Receiver<Option<Current>>,
         events: mpsc::Sender<Event>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -97,7 +96,9 @@ async fn run(
 ) {
     let mut session = Session::default();
     let first = service.current.borrow_and_update().clone();
-    first.into_iter().for_each(|snapshot| session.publish(snapshot));
+    first
+        .into_iter()
+        .for_each(|(generation, snapshot)| session.publish(generation, snapshot));
     loop {
         tokio::select! {
             request = requests.message() => match request {
@@ -115,8 +116,8 @@ async fn run(
             },
             changed = service.current.changed() => match changed {
                 Ok(()) => {
-                    let snapshot = service.current.borrow_and_update().clone();
-                    snapshot.into_iter().for_each(|snapshot| session.publish(snapshot));
+                    let newest = service.current.borrow_and_update().clone();
+                    newest.into_iter().for_each(|(generation, snapshot)| session.publish(generation, snapshot));
                 }
                 Err(_) => break,
             },
@@ -140,7 +141,7 @@ impl AdsService {
             match event.outcome {
                 Outcome::Ack => Counters::add(&self.counters.acks, 1),
                 Outcome::Nack(_) => Counters::add(&self.counters.nacks, 1),
-                Outcome::Refused | Outcome::Gone => {}
+                Outcome::InStep | Outcome::Refused | Outcome::Gone => {}
             }
             if self.events.try_send(event).is_err() {
                 Counters::add(&self.counters.events_lost, 1);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Event, Outcome};
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource, ResourceType};
-use crate::snapshot::{REMOVAL, Snapshot};
+use crate::snapshot::{Published, REMOVAL, Snapshot};
 
 /// Names one stream may subscribe to, of all types together.
 const MAX_NAMES: usize = 1 << 20;
@@ -27,6 +27,9 @@ pub(super) struct Session {
     node: String,
     types: BTreeMap<ResourceType, Subscription>,
     snapshot: Option<Arc<Snapshot>>,
+    generation: u64,
+    /// The newest generation that was reported as taken.
+    in_step: u64,
     nonce: u64,
     pub(super) events: Vec<Event>,
 }
@@ -51,6 +54,7 @@ struct Subscription {
 struct UnderWay {
     nonce: String,
     names: Vec<String>,
+    generation: u64,
 }
 
 impl Session {
@@ -77,7 +81,7 @@ impl Session {
         if kind == ResourceType::Secret {
             let names: Vec<String> = subscription.asked.iter().cloned().collect();
             if !names.is_empty() {
-                self.event(kind, names, Outcome::Refused);
+                self.event(kind, names, self.generation, Outcome::Refused);
             }
         }
         let total: usize = self.types.values().map(|s| s.names.len()).sum();
@@ -96,7 +100,10 @@ impl Session {
         let about = subscription
             .under_way
             .take_if(|under_way| under_way.nonce == request.response_nonce);
-        let Some(UnderWay { names, .. }) = about else {
+        let Some(UnderWay {
+            names, generation, ..
+        }) = about
+        else {
             return;
         };
         subscription.refused = request.error_detail.is_some();
@@ -104,20 +111,22 @@ impl Session {
             None => Outcome::Ack,
             Some(error) => Outcome::Nack(error.message.clone()),
         };
-        self.event(kind, names, outcome);
+        self.event(kind, names, generation, outcome);
     }
 
-    fn event(&mut self, kind: ResourceType, names: Vec<String>, outcome: Outcome) {
+    fn event(&mut self, kind: ResourceType, names: Vec<String>, generation: u64, outcome: Outcome) {
         self.events.push(Event {
             node: self.node.clone(),
             kind,
             names,
+            generation,
             outcome,
         });
     }
 
     /// The newest state.
-    pub(super) fn publish(&mut self, snapshot: Arc<Snapshot>) {
+    pub(super) fn publish(&mut self, generation: u64, snapshot: Arc<Snapshot>) {
+        self.generation = generation;
         if let Some(old) = &self.snapshot {
             self.ask_again_for_endpoints(&Arc::clone(old), &snapshot);
         }
@@ -155,7 +164,31 @@ impl Session {
             }
             responses.extend(self.removals(kind, &snapshot));
         }
+        if responses.is_empty() && self.in_step < self.generation && self.has_all(&snapshot) {
+            self.in_step = self.generation;
+            self.event(
+                ResourceType::Listener,
+                Vec::new(),
+                self.generation,
+                Outcome::InStep,
+            );
+        }
         responses
+    }
+
+    /// Whether the client asked for everything there is, and acknowledged it. Routes are asked for only once their listener was taken, so
+    /// an acknowledged listener alone does not say that connections find their way.
+    fn has_all(&self, snapshot: &Snapshot) -> bool {
+        if self.types.values().any(|s| s.under_way.is_some() || s.refused) {
+            return false;
+        }
+        ResourceType::ALL.into_iter().all(|kind| {
+            let subscription = self.types.get(&kind);
+            let has = |(name, published): (&String, &Published)| {
+                subscription.is_some_and(|s| s.has.get(name) == Some(&published.version))
+            };
+            snapshot.of(kind).all(has)
+        })
     }
 
     fn additions(&mut self, kind: ResourceType, snapshot: &Snapshot) -> Option<DeltaDiscoveryResponse> {
@@ -231,6 +264,7 @@ impl Session {
             subscription.under_way = Some(UnderWay {
                 nonce: nonce.clone(),
                 names,
+                generation: self.generation,
             });
         }
         DeltaDiscoveryResponse {
@@ -245,7 +279,7 @@ impl Session {
     /// The stream ended.
     pub(super) fn close(&mut self) {
         if !self.node.is_empty() {
-            self.event(ResourceType::Listener, Vec::new(), Outcome::Gone);
+            self.event(ResourceType::Listener, Vec::new(), self.generation, Outcome::Gone);
         }
     }
 }

@@ -72,7 +72,7 @@ fn settle(session: &mut Session) -> Vec<String> {
 
 fn started(first: &Arc<Snapshot>) -> Session {
     let mut session = Session::default();
-    session.publish(Arc::clone(first));
+    session.publish(1, Arc::clone(first));
     for request in [
         ask(Listener, &[]),
         ask(Cluster, &[]),
@@ -118,12 +118,15 @@ fn only_what_changed_travels_and_removals_come_last() {
     settle(&mut session);
     session.request(ask(Endpoints, &["b"])).unwrap();
     assert_eq!(settle(&mut session), ["endpoints -b"]);
-    session.publish(snapshot(&[
-        (Listener, "l", "to b"),
-        (Cluster, "b", "1"),
-        (Endpoints, "b", "x"),
-        (Route, "80", "to a"),
-    ]));
+    session.publish(
+        2,
+        snapshot(&[
+            (Listener, "l", "to b"),
+            (Cluster, "b", "1"),
+            (Endpoints, "b", "x"),
+            (Route, "80", "to a"),
+        ]),
+    );
     assert_eq!(
         settle(&mut session),
         [
@@ -141,7 +144,7 @@ fn removals_wait_while_something_is_refused() {
     let mut session = started(&first());
     settle(&mut session);
     session.events.clear();
-    session.publish(snapshot(&[(Listener, "l", "bad"), (Route, "80", "to a")]));
+    session.publish(2, snapshot(&[(Listener, "l", "bad"), (Route, "80", "to a")]));
     let sent = session.responses();
     assert_eq!(shown(&sent), ["listener +l"]);
     session.request(nack(&sent[0], "filter_chains: bad")).unwrap();
@@ -156,10 +159,11 @@ fn removals_wait_while_something_is_refused() {
             node: "proxy".into(),
             kind: Listener,
             names: vec!["l".into()],
+            generation: 2,
             outcome: Outcome::Nack("filter_chains: bad".into()),
         }]
     );
-    session.publish(snapshot(&[(Listener, "l", "good"), (Route, "80", "to a")]));
+    session.publish(2, snapshot(&[(Listener, "l", "good"), (Route, "80", "to a")]));
     assert_eq!(
         settle(&mut session),
         ["listener +l", "cluster -a", "endpoints -a"]
@@ -170,7 +174,7 @@ fn removals_wait_while_something_is_refused() {
 fn a_slow_client_gets_the_newest_state_only() {
     let mut session = started(&first());
     settle(&mut session);
-    session.publish(snapshot(&[(Cluster, "a", "2")]));
+    session.publish(2, snapshot(&[(Cluster, "a", "2")]));
     let sent = session.responses();
     assert_eq!(
         shown(&sent),
@@ -178,7 +182,7 @@ fn a_slow_client_gets_the_newest_state_only() {
         "a changed cluster wants its endpoints again"
     );
     for version in ["3", "4", "5"] {
-        session.publish(snapshot(&[(Cluster, "a", version), (Endpoints, "a", "x")]));
+        session.publish(2, snapshot(&[(Cluster, "a", version), (Endpoints, "a", "x")]));
         assert_eq!(shown(&session.responses()), Vec::<String>::new());
     }
     session
@@ -199,10 +203,46 @@ fn a_slow_client_gets_the_newest_state_only() {
 }
 
 #[test]
+fn in_step_is_who_asked_for_all_and_acknowledged_it() {
+    let everything = snapshot(&[
+        (Listener, "l", "to a"),
+        (Cluster, "a", "1"),
+        (Endpoints, "a", "x"),
+        (Route, "80", "to a"),
+    ]);
+    let mut session = Session::default();
+    session.publish(7, everything);
+    for request in [ask(Cluster, &[]), ask(Endpoints, &["a"]), ask(Listener, &[])] {
+        session.request(request).unwrap();
+    }
+    settle(&mut session);
+    let in_step = |session: &mut Session| -> Vec<u64> {
+        let events = session.events.drain(..);
+        events
+            .filter(|e| e.outcome == Outcome::InStep)
+            .map(|e| e.generation)
+            .collect()
+    };
+    assert_eq!(
+        in_step(&mut session),
+        Vec::<u64>::new(),
+        "the route was not asked for yet"
+    );
+    session.request(ask(Route, &["80"])).unwrap();
+    let route = session.responses();
+    assert_eq!(in_step(&mut session), Vec::<u64>::new(), "nor acknowledged");
+    session.request(ack(&route[0])).unwrap();
+    settle(&mut session);
+    assert_eq!(in_step(&mut session), [7]);
+    settle(&mut session);
+    assert_eq!(in_step(&mut session), Vec::<u64>::new(), "said once");
+}
+
+#[test]
 fn who_comes_back_gets_the_difference() {
     let state = first();
     let mut session = Session::default();
-    session.publish(Arc::clone(&state));
+    session.publish(1, Arc::clone(&state));
     let mut request = ask(Cluster, &[]);
     request.initial_resource_versions = [
         ("a".to_owned(), state.get(Cluster, "a").unwrap().version.clone()),
@@ -240,11 +280,14 @@ fn what_is_asked_for_again_is_sent_again() {
     let mut leave = ask(Endpoints, &[]);
     leave.resource_names_unsubscribe = vec!["a".into()];
     session.request(leave).unwrap();
-    session.publish(snapshot(&[
-        (Listener, "l", "to a"),
-        (Cluster, "a", "1"),
-        (Endpoints, "a", "y"),
-        (Route, "80", "to a"),
-    ]));
+    session.publish(
+        2,
+        snapshot(&[
+            (Listener, "l", "to a"),
+            (Cluster, "a", "1"),
+            (Endpoints, "a", "y"),
+            (Route, "80", "to a"),
+        ]),
+    );
     assert_eq!(settle(&mut session), Vec::<String>::new());
 }

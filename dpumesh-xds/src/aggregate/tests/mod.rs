@@ -8,7 +8,6 @@ mod shared;
 use std::net::IpAddr;
 
 use super::*;
-use crate::discovery::ResourceType;
 use crate::recorded;
 use shared::Proxy;
 
