@@ -10,7 +10,7 @@ use super::ConfigError;
 ///
 /// # Errors
 /// A syntax error with its line, a duplicate key, or nesting and aliases beyond the reader's bounds.
-pub fn text_to_value(file: &Path, text: &str) -> Result<Value, ConfigError> {
+pub(super) fn text_to_value(file: &Path, text: &str) -> Result<Value, ConfigError> {
     let json = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
     if json {
         serde_json::from_str(text).map_err(|e| ConfigError::new("", e.to_string()))
