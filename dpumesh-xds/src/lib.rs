@@ -22,12 +22,15 @@
 //! | [`socket`] | Unix sockets that only their user opens |
 //! | [`program`] | how the programs begin and end |
 //! | [`adapter`] | all of it for the pods of a node; program `istio-dpu-adapter` |
+//! | `controller` | pods, nodes and namespaces of the Kubernetes API for the adapters (feature `kube`); program `istio-dpu-controller` |
 
 #![forbid(unsafe_code)]
 
 pub mod adapter;
 pub mod aggregate;
 pub mod client;
+#[cfg(feature = "kube")]
+pub mod controller;
 pub mod discovery;
 pub mod ir;
 pub mod keys;

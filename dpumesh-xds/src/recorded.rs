@@ -1,4 +1,4 @@
-//! What a real istiod sent three sidecars, for tests: `tests/recorded/POD.NAMESPACE/{lds,cds,rds,eds}.pb`, each one
+//! What a real istiod sent three sidecars, for tests: `tests/peers/recorded/POD.NAMESPACE/{lds,cds,rds,eds}.pb`, each one
 //! `DeltaDiscoveryResponse` as it came.
 
 use std::path::PathBuf;
@@ -36,7 +36,7 @@ pub(crate) fn pod(index: usize) -> Pod {
 }
 
 pub(crate) fn response(pod: usize, file: &str) -> DeltaDiscoveryResponse {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/recorded");
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/peers/recorded");
     let path = folder.join(format!("{}.shop/{file}.pb", PODS[pod].0));
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     DeltaDiscoveryResponse::decode(&*bytes).unwrap()

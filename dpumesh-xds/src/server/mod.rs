@@ -119,6 +119,11 @@ impl Publisher {
         &self.counters
     }
 
+    /// Services handed out and streams open, together.
+    pub fn in_use(&self) -> usize {
+        self.current.receiver_count()
+    }
+
     /// The gRPC service, for `tonic::transport::Server::add_service`. Streams end when the publisher is dropped.
     pub fn service(&self) -> AdsService {
         AdsService::new(

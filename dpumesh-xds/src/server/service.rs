@@ -29,6 +29,7 @@ pub struct AdsService {
     current: watch::Receiver<Option<Current>>,
     events: mpsc::Sender<Event>,
     counters: Arc<Counters>,
+    only_for: Option<String>,
 }
 
 impl AdsService {
@@ -41,7 +42,32 @@ impl AdsService {
             current,
             events,
             counters,
+            only_for: None,
         }
+    }
+
+    /// The same for one node alone: a stream whose node has another id is refused with both names.
+    #[must_use]
+    pub fn only_for(self, node: String) -> Self {
+        Self {
+            only_for: Some(node),
+            ..self
+        }
+    }
+
+    fn admit(&self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        let (Some(expected), Some(node)) = (&self.only_for, &request.node) else {
+            return Ok(());
+        };
+        if node.id == *expected {
+            return Ok(());
+        }
+        let reason = format!(
+            "the certificate is that of {expected}, the node's id is {:?}",
+            node.id
+        );
+        tracing::warn!(reason, "xDS stream refused");
+        Err(Status::permission_denied(reason))
     }
 }
 
@@ -103,6 +129,10 @@ async fn run(
         tokio::select! {
             request = requests.message() => match request {
                 Ok(Some(request)) => {
+                    if let Err(refusal) = service.admit(&request) {
+                        let _ = responses.send(Err(refusal)).await;
+                        break;
+                    }
                     if let Err(error) = session.request(request) {
                         let _ = responses.send(Err(Status::invalid_argument(error.to_string()))).await;
                         break;
