@@ -247,6 +247,7 @@ mod tests {
             addresses: pod.addresses,
             labels: BTreeMap::new(),
             token: None,
+            listed: false,
         }
     }
 

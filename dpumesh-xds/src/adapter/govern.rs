@@ -173,6 +173,8 @@ impl Governor {
                 standing.governed = None;
             }
         }
+        // A view may come again and change nothing: the proxies have it already.
+        self.taken();
     }
 
     /// What a proxy said. Whether [`Self::views`] is another one now.
@@ -191,10 +193,9 @@ impl Governor {
         }
     }
 
-    fn in_step(&mut self) -> bool {
-        let Some(taken) = self.proxies.values().min().copied() else {
-            return false;
-        };
+    /// Notes what all proxies have taken; up to which generation that is.
+    fn taken(&mut self) -> Option<u64> {
+        let taken = self.proxies.values().min().copied()?;
         for standing in self.pods.values_mut() {
             if let Some((since, view)) = &standing.offered
                 && *since <= taken
@@ -203,7 +204,11 @@ impl Governor {
                 standing.governed = Some(*since);
             }
         }
-        if taken < self.generation {
+        Some(taken)
+    }
+
+    fn in_step(&mut self) -> bool {
+        if self.taken().is_none_or(|taken| taken < self.generation) {
             return false;
         }
         self.trial = self.held.pop_front();

@@ -44,6 +44,7 @@ use crate::client::{Client, Counters, Credential};
 use crate::discovery::ResourceType;
 use crate::ir::PodView;
 use crate::server::{Event, Outcome, Publisher};
+use crate::snapshot::Snapshot;
 use disk::Keeper;
 use govern::{Governor, Report};
 use pods::{LocalPod, Pods};
@@ -111,6 +112,7 @@ pub struct Adapter {
     governor: Governor,
     streams: BTreeMap<String, Stream>,
     restored: BTreeMap<String, (LocalPod, PodView)>,
+    published: Option<(u64, Arc<Snapshot>)>,
     board: watch::Sender<BTreeMap<String, Report>>,
     shown: watch::Sender<Shown>,
 }
@@ -141,6 +143,7 @@ impl Adapter {
                 .into_iter()
                 .map(|(pod, view)| (pod.key(), (pod, view)))
                 .collect(),
+            published: None,
             board: watch::Sender::default(),
             shown: watch::Sender::default(),
         }
@@ -273,11 +276,20 @@ impl Adapter {
         };
         said(&made);
         let (figures, octets) = (made.figures, made.snapshot.octets());
-        let snapshot = Arc::new(made.snapshot.clone());
-        let generation = self.parts.publisher.publish(snapshot);
+        let same = self
+            .published
+            .as_ref()
+            .is_some_and(|(_, old)| **old == made.snapshot);
+        if !same {
+            let snapshot = Arc::new(made.snapshot.clone());
+            let generation = self.parts.publisher.publish(Arc::clone(&snapshot));
+            self.published = Some((generation, snapshot));
+        }
+        let generation = self.published.as_ref().map_or(0, |(generation, _)| *generation);
         self.governor.published(generation, &made);
         tracing::info!(
             generation,
+            changed = !same,
             pods = figures.pods,
             profiles = figures.outbound_profiles,
             resources_in = figures.resources_in,

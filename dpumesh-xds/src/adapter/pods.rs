@@ -28,9 +28,13 @@ pub struct PodEntry {
     pub namespace: String,
     /// Kubernetes service account.
     pub service_account: String,
-    /// File with its token, audience `istio-ca`; none where the connection's certificate speaks for it.
+    /// File with its token, audience `istio-ca`; none where it is asked of the Kubernetes API, or the connection's certificate
+    /// speaks for it.
     #[serde(default)]
     pub token: Option<PathBuf>,
+    /// Kubernetes uid, to ask for a token bound to it.
+    #[serde(default)]
+    pub uid: String,
     /// Its labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -42,12 +46,13 @@ impl PodEntry {
         LocalPod {
             name: self.name.clone(),
             namespace: self.namespace.clone(),
-            uid: String::new(),
+            uid: self.uid.clone(),
             service_account: self.service_account.clone(),
             trust_domain: trust_domain.to_owned(),
             addresses: vec![self.ip],
             labels: self.labels.clone(),
             token: self.token.clone(),
+            listed: true,
         }
     }
 }
@@ -59,7 +64,7 @@ pub struct LocalPod {
     pub name: String,
     /// Kubernetes namespace.
     pub namespace: String,
-    /// Kubernetes uid; empty for a pod of a list.
+    /// Kubernetes uid; empty for a pod of a list that does not say it.
     pub uid: String,
     /// Kubernetes service account.
     pub service_account: String,
@@ -71,6 +76,8 @@ pub struct LocalPod {
     pub labels: BTreeMap<String, String>,
     /// File with its token, of a pod of a list.
     pub token: Option<PathBuf>,
+    /// Whether it is of a list.
+    pub listed: bool,
 }
 
 impl LocalPod {
@@ -150,7 +157,7 @@ impl Pods {
         let listed = std::mem::take(&mut tables.listed);
         tables
             .restored
-            .retain(|key, pod| !pod.uid.is_empty() && !listed.contains_key(key));
+            .retain(|key, pod| !pod.listed && !listed.contains_key(key));
         // What was asked for before the restart is not asked for again.
         for (key, pod) in &tables.restored {
             let asked = Asked {
@@ -242,6 +249,7 @@ fn joined(binding: &Binding, asked: &Asked) -> LocalPod {
         addresses: asked.addresses.clone(),
         labels: binding.labels.clone(),
         token: None,
+        listed: false,
     }
 }
 

@@ -2,7 +2,10 @@
 //!
 //! Istio's own `IstioCertificateService`, on the listener that the proxy's connection comes to. Which identity is wanted stands in the
 //! request's metadata (`ImpersonatedIdentity`). It must be that of a pod which has a stream here; with that pod's token the CSR goes on, so
-//! that istiod sees what it would see from a sidecar. What comes back is passed on as it is. Private keys are never here.
+//! that istiod sees what it would see from a sidecar. What comes back is passed on as it is. The pods' private keys are never here.
+//!
+//! One addition of our own: `ROOTCA@TRUST-DOMAIN` in the place of an identity is answered with the roots alone. A proxy needs them to take its
+//! first configuration, before any connection tells it of an identity.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -10,6 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::SystemTime;
 
 use prost_types::value::Kind;
 use tonic::body::Body;
@@ -23,8 +27,9 @@ use super::pods::Pods;
 use super::token::Tokens;
 use crate::client::bearer;
 use crate::ir::Identity;
+use crate::keys::check::{self, CheckError};
 use crate::keys::{
-    CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, SERVICE, create,
+    CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, ROOTS, SERVICE, create,
 };
 
 /// The largest request, in octets: a CSR has less than one kilobyte.
@@ -84,7 +89,15 @@ impl RelayService {
             tracing::warn!(%status, "certificate request refused");
             status
         };
-        let identity = whose(&request).map_err(refused)?;
+        let name = named(&request).map_err(refused)?;
+        if let Some(trust_domain) = name.strip_prefix(ROOTS) {
+            return self.roots(trust_domain).await;
+        }
+        let identity = Identity::parse(name).ok_or_else(|| {
+            refused(Status::invalid_argument(format!(
+                "metadata.{IMPERSONATED}: {name:?} is no workload's name"
+            )))
+        })?;
         let Some(pod) = self.pods.of_identity(&identity) else {
             let text = format!("no pod of this node is {}", identity.spiffe());
             return Err(refused(Status::permission_denied(text)));
@@ -98,6 +111,26 @@ impl RelayService {
             }
         };
         signed
+    }
+
+    /// The roots of a trust domain: those of a certificate for any of its pods here, made for the purpose and dropped with its key.
+    async fn roots(&self, trust_domain: &str) -> Result<CertificateResponse, Status> {
+        let local = self.pods.local();
+        let Some(pod) = local.values().find(|pod| pod.trust_domain == trust_domain) else {
+            let text = format!("no pod of this node is of {trust_domain:?}");
+            return Err(Status::permission_denied(text));
+        };
+        let invalid = |error: CheckError| Status::unavailable(error.to_string());
+        let own = check::Request::new(&pod.identity()).map_err(invalid)?;
+        let request = CertificateRequest::naming("", &own.csr_pem);
+        let response = self.pass_on(request, pod).await?;
+        let certified = own
+            .certified(&response.cert_chain, SystemTime::now())
+            .map_err(invalid)?;
+        let pem = |der: &Vec<u8>| pem::encode(&pem::Pem::new("CERTIFICATE", der.clone()));
+        Ok(CertificateResponse {
+            cert_chain: certified.roots_der.iter().map(pem).collect(),
+        })
     }
 
     async fn pass_on(
@@ -120,17 +153,16 @@ impl RelayService {
     }
 }
 
-/// The identity that a request names.
-fn whose(request: &CertificateRequest) -> Result<Identity, Status> {
+/// Whose certificate a request wants.
+fn named(request: &CertificateRequest) -> Result<&str, Status> {
     let metadata = request.metadata.as_ref();
     let named = metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED));
-    let Some(Kind::StringValue(name)) = named.and_then(|value| value.kind.as_ref()) else {
-        let text = format!("metadata.{IMPERSONATED} must name whose certificate is wanted");
-        return Err(Status::invalid_argument(text));
-    };
-    Identity::parse(name).ok_or_else(|| {
-        Status::invalid_argument(format!("metadata.{IMPERSONATED}: {name:?} is no workload's name"))
-    })
+    match named.and_then(|value| value.kind.as_ref()) {
+        Some(Kind::StringValue(name)) => Ok(name),
+        _ => Err(Status::invalid_argument(format!(
+            "metadata.{IMPERSONATED} must name whose certificate is wanted"
+        ))),
+    }
 }
 
 impl NamedService for RelayService {

@@ -56,7 +56,7 @@ struct Args {
     /// Its key
     #[arg(long, value_name = "FILE", requires = "client_cert")]
     client_key: Option<PathBuf>,
-    /// JSON list of {"ip", "name", "namespace", "service_account", "token": FILE, "labels"}
+    /// JSON list of {"ip", "name", "namespace", "service_account", "token": FILE, "uid", "labels"}
     #[arg(long, value_name = "FILE")]
     pods: Option<PathBuf>,
     /// Kubernetes credentials with which tokens of pods are asked for

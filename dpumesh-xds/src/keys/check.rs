@@ -117,8 +117,20 @@ fn bytes(certificates: Vec<CertificateDer<'static>>) -> Vec<Vec<u8>> {
     certificates.into_iter().map(|c| c.as_ref().to_vec()).collect()
 }
 
+/// The certificates of an answer that has only roots. DER.
+pub(super) fn roots(roots_pem: &[String]) -> Result<Vec<Vec<u8>>, String> {
+    let roots = certificates(roots_pem).map_err(|error| error.to_string())?;
+    if !(1..=MAX_CHAIN).contains(&roots.len()) {
+        return Err(format!("{} roots", roots.len()));
+    }
+    for root in &roots {
+        webpki::anchor_from_trusted_cert(root).map_err(|error| error.to_string())?;
+    }
+    Ok(bytes(roots))
+}
+
 /// An element of the answer may hold one certificate or several.
-fn read(chain_pem: &[String]) -> Result<Vec<CertificateDer<'static>>, CheckError> {
+fn certificates(chain_pem: &[String]) -> Result<Vec<CertificateDer<'static>>, CheckError> {
     let mut chain = Vec::new();
     for (index, pem) in chain_pem.iter().enumerate() {
         for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
@@ -128,6 +140,11 @@ fn read(chain_pem: &[String]) -> Result<Vec<CertificateDer<'static>>, CheckError
             })?);
         }
     }
+    Ok(chain)
+}
+
+fn read(chain_pem: &[String]) -> Result<Vec<CertificateDer<'static>>, CheckError> {
+    let chain = certificates(chain_pem)?;
     if (2..=MAX_CHAIN).contains(&chain.len()) {
         Ok(chain)
     } else {

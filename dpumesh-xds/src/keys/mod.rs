@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 pub(crate) use relay::{
-    CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, SERVICE, create,
+    CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, ROOTS, SERVICE, create,
 };
 pub use relay::{IstioRelay, Relay, RelayError};
 
@@ -156,14 +156,18 @@ impl KeyStore {
         self.0.tables().keys.get(identity)?.current.borrow().clone()
     }
 
-    /// The roots of a trust domain, known once any of its identities has a certificate.
+    /// The roots of a trust domain. They are asked of the relay where no identity of it has a certificate yet.
     pub fn roots(&self, trust_domain: &str) -> Watch<Roots> {
         let mut tables = self.0.tables();
-        tables
-            .roots
-            .entry(trust_domain.to_owned())
-            .or_default()
-            .subscribe()
+        if let Some(known) = tables.roots.get(trust_domain) {
+            return known.subscribe();
+        }
+        let (roots, watch) = watch::channel(None);
+        tables.roots.insert(trust_domain.to_owned(), roots);
+        self.0
+            .runtime
+            .spawn(first_roots(Arc::downgrade(&self.0), trust_domain.to_owned()));
+        watch
     }
 
     /// Drops an identity's key; who watches it sees the channel end.
@@ -211,24 +215,33 @@ impl Shared {
 
     /// Shows a new certificate to whoever watches.
     fn issued(&self, certified: Certified) {
+        self.trust(&certified.identity.trust_domain, certified.roots_der.clone());
         let mut tables = self.tables();
-        let roots = Arc::new(Roots {
-            der: certified.roots_der.clone(),
-        });
-        let shown = tables
-            .roots
-            .entry(certified.identity.trust_domain.clone())
-            .or_default();
-        shown.send_if_modified(|current| {
-            let changed = current.as_ref() != Some(&roots);
-            *current = Some(roots);
-            changed
-        });
         if let Some(entry) = tables.keys.get_mut(&certified.identity) {
             entry.issued += 1;
             entry.error = None;
             entry.current.send_replace(Some(Arc::new(certified)));
         }
+    }
+
+    fn trust(&self, trust_domain: &str, der: Vec<Vec<u8>>) {
+        let roots = Arc::new(Roots { der });
+        let mut tables = self.tables();
+        let shown = tables.roots.entry(trust_domain.to_owned()).or_default();
+        shown.send_if_modified(|current| {
+            let changed = current.as_ref() != Some(&roots);
+            *current = Some(roots);
+            changed
+        });
+    }
+
+    /// Whether the roots of a trust domain are known.
+    fn trusts(&self, trust_domain: &str) -> bool {
+        let tables = self.tables();
+        tables
+            .roots
+            .get(trust_domain)
+            .is_some_and(|roots| roots.borrow().is_some())
     }
 
     fn failed(&self, identity: &Identity, error: String) {
@@ -283,6 +296,29 @@ async fn keep(store: std::sync::Weak<Shared>, identity: Identity) {
         };
         drop(shared);
         tokio::time::sleep(wait).await;
+    }
+}
+
+/// Asks for the roots of a trust domain until they are known, one way or the other.
+async fn first_roots(store: std::sync::Weak<Shared>, trust_domain: String) {
+    let mut failures = 0;
+    loop {
+        let Some(shared) = store.upgrade() else { return };
+        if shared.trusts(&trust_domain) {
+            return;
+        }
+        let answer = shared.relay.roots(&trust_domain).await;
+        match answer
+            .map_err(|error| error.to_string())
+            .and_then(|pem| check::roots(&pem))
+        {
+            Ok(_) if shared.trusts(&trust_domain) => return,
+            Ok(der) => return shared.trust(&trust_domain, der),
+            Err(error) => tracing::debug!(trust_domain, error, "no roots yet"),
+        }
+        drop(shared);
+        tokio::time::sleep(full_jitter(failures)).await;
+        failures += 1;
     }
 }
 

@@ -23,6 +23,10 @@ pub(crate) const CREATE_CERTIFICATE: &str = "/istio.v1.auth.IstioCertificateServ
 /// The key of the metadata that names whose certificate is wanted.
 pub(crate) const IMPERSONATED: &str = "ImpersonatedIdentity";
 
+/// What stands before a trust domain in the name of its roots. As the name whose certificate is wanted it is our own addition, answered
+/// by the adapter: the roots alone, for no CSR.
+pub(crate) const ROOTS: &str = "ROOTCA@";
+
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -41,10 +45,10 @@ pub(crate) struct CertificateRequest {
 }
 
 impl CertificateRequest {
-    /// A request on behalf of `identity`.
-    pub(crate) fn impersonating(identity: &Identity, csr: &str) -> Self {
+    /// A request on behalf of `whom`: a workload's name, or [`ROOTS`] and a trust domain.
+    pub(crate) fn naming(whom: &str, csr: &str) -> Self {
         let name = Value {
-            kind: Some(value::Kind::StringValue(identity.spiffe())),
+            kind: Some(value::Kind::StringValue(whom.to_owned())),
         };
         Self {
             csr: csr.to_owned(),
@@ -78,6 +82,17 @@ pub trait Relay: fmt::Debug + Send + Sync {
     /// # Errors
     /// The CA or the way to it refuses, or cannot be reached; all are worth another attempt later.
     async fn sign(&self, identity: &Identity, csr_pem: &str) -> Result<Vec<String>, RelayError>;
+
+    /// The roots of a trust domain, PEM, before any of its identities has a certificate. A proxy may need them before it knows of any
+    /// connection, and so of any identity. Cancelling leaves nothing behind.
+    ///
+    /// # Errors
+    /// As [`Self::sign`]; also where this cannot be told: they come with the first certificate then.
+    async fn roots(&self, trust_domain: &str) -> Result<Vec<String>, RelayError> {
+        Err(RelayError(format!(
+            "roots of {trust_domain} come with its first certificate"
+        )))
+    }
 }
 
 /// A [`Relay`] over the adapter's (or any) `IstioCertificateService`.
@@ -96,8 +111,16 @@ impl IstioRelay {
 #[async_trait]
 impl Relay for IstioRelay {
     async fn sign(&self, identity: &Identity, csr_pem: &str) -> Result<Vec<String>, RelayError> {
-        let request = tonic::Request::new(CertificateRequest::impersonating(identity, csr_pem));
+        let request = tonic::Request::new(CertificateRequest::naming(&identity.spiffe(), csr_pem));
         create(self.channel.clone(), request)
+            .await
+            .map(|response| response.cert_chain)
+            .map_err(|status| RelayError(format!("{:?}: {}", status.code(), status.message())))
+    }
+
+    async fn roots(&self, trust_domain: &str) -> Result<Vec<String>, RelayError> {
+        let request = CertificateRequest::naming(&format!("{ROOTS}{trust_domain}"), "");
+        create(self.channel.clone(), tonic::Request::new(request))
             .await
             .map(|response| response.cert_chain)
             .map_err(|status| RelayError(format!("{:?}: {}", status.code(), status.message())))

@@ -30,6 +30,7 @@ fn local(index: usize) -> LocalPod {
         addresses: pod.addresses,
         labels: BTreeMap::new(),
         token: None,
+        listed: false,
     }
 }
 
