@@ -352,6 +352,11 @@ impl Node {
         });
     }
 
+    /// Tells the governor of a pod that was governed before the agent restarted.
+    pub(super) async fn resume(&self, record: &Record) {
+        self.governor.resume(&self.governed_pod(record)).await;
+    }
+
     pub(super) fn governed_pod(&self, record: &Record) -> GovernedPod {
         let dpu = record.lease.as_ref().map(|lease| lease.dpu.clone());
         let dpu = dpu.unwrap_or_else(|| self.card.info().dpu);

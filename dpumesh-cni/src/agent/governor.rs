@@ -16,12 +16,16 @@ pub trait Governor: Send + Sync + fmt::Debug {
     /// Waits until the program for this pod is acknowledged.
     ///
     /// Blocks for as long as it takes: the agent has a bound of its own and drops the future at it. Dropping it leaves nothing
-    /// behind; asking again for the same pod continues or succeeds at once. After a restart of the agent it is asked again
-    /// for every pod that was not governed.
+    /// behind that [`Self::forget`] does not take away; asking again for the same pod continues or succeeds at once. After a
+    /// restart of the agent it is asked again for every pod that was not governed.
     ///
     /// # Errors
     /// There will be no program for this pod, whatever time passes; the text tells people why.
     async fn governed(&self, pod: &GovernedPod) -> Result<(), GovernorError>;
+
+    /// This pod was governed when the agent ended, and the agent is back: called once for each of them. Does not wait; the pod
+    /// is governed whatever becomes of this.
+    async fn resume(&self, pod: &GovernedPod);
 
     /// The pod is gone; its program may go as well. Called once for each pod that was asked for, not after a restart between.
     async fn forget(&self, pod: &GovernedPod);
@@ -67,6 +71,8 @@ impl Governor for Immediate {
     async fn governed(&self, _: &GovernedPod) -> Result<(), GovernorError> {
         Ok(())
     }
+
+    async fn resume(&self, _: &GovernedPod) {}
 
     async fn forget(&self, _: &GovernedPod) {}
 }

@@ -25,6 +25,7 @@
 //! Runtimes of cniVersion up to 1.0 never ask for garbage collection, and a DEL may never come. So the agent looks itself
 //! for namespaces that are gone, and for notes that the plugin left while nobody answered.
 
+mod adapter;
 mod attachments;
 mod dataplane;
 mod governor;
@@ -34,6 +35,7 @@ mod program;
 mod socket;
 mod sweep;
 
+pub use adapter::Adapter;
 pub use attachments::{Node, NodeOptions, Ungoverned};
 pub use dataplane::{DataplaneAddress, keep_connected};
 pub use governor::{GovernedPod, Governor, GovernorError, Immediate};

@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::sweep::keep_sweeping;
 use super::{
-    AgentSocket, DataplaneAddress, Governor, Immediate, Journal, JournalError, LocalNetwork, Node,
+    Adapter, AgentSocket, DataplaneAddress, Governor, Immediate, Journal, JournalError, LocalNetwork, Node,
     NodeOptions, Peers, PeersError, SocketError, Ungoverned, keep_connected, watch_peers,
 };
 
@@ -32,6 +32,8 @@ Examples:
   istio-dpu-agent --dpu dpu0 --card /run/dpumesh/card0 --vfs 16 --vtep 192.0.2.1 \\
       --dataplane 169.254.0.2:7070 --credentials /etc/dpumesh/agent --peers /etc/dpumesh/peers.json
       the emulated card in that directory, VXLAN from 192.0.2.1, pods of other nodes from a file
+  istio-dpu-agent … --adapter /run/dpumesh/adapter.sock --govern-within 20
+      an ADD ends when the adapter says that the proxy has the pod's program, or is refused after 20 seconds
   istio-dpu-agent --config /etc/dpumesh/agent.toml --log-level debug
       the same from a file; what stands on the command line counts more
 
@@ -96,7 +98,10 @@ pub struct Args {
     /// JSON file with the other nodes and their pods
     #[arg(long, value_name = "FILE")]
     pub peers: Option<PathBuf>,
-    /// Who says that a pod's program is in force; immediate: nobody, every pod is governed at once
+    /// Socket of istio-dpu-adapter: it says when a pod's program is in force
+    #[arg(long, value_name = "PATH", conflicts_with = "governor")]
+    pub adapter: Option<PathBuf>,
+    /// Who says that a pod's program is in force, without --adapter; immediate: nobody, every pod is governed at once
     #[arg(long, value_enum, default_value_t = GovernorName::Immediate)]
     pub governor: GovernorName,
     /// Longest wait of an ADD for the pod's program, seconds
@@ -341,8 +346,10 @@ async fn serve(args: &Args) -> Result<(), Error> {
         None => Peers::default(),
     };
     let journal = Journal::open(&args.state)?;
-    let GovernorName::Immediate = args.governor;
-    let governor: Arc<dyn Governor> = Arc::new(Immediate);
+    let governor: Arc<dyn Governor> = match (&args.adapter, args.governor) {
+        (Some(socket), _) => Arc::new(Adapter::new(socket)),
+        (None, GovernorName::Immediate) => Arc::new(Immediate),
+    };
     let card = open_card(args).await?;
     let options = NodeOptions {
         network,
@@ -454,6 +461,14 @@ mod tests {
         assert_eq!(args.govern_within, Duration::from_millis(1500));
         assert_eq!(args.ungoverned, Ungoverned::Closed);
         assert!(matches!(args.network.local(), Ok(LocalNetwork::Overlay { .. })));
+    }
+
+    #[test]
+    fn an_adapter_is_a_governor() {
+        let file = format!("{NEEDED}vtep = \"192.0.2.1\"\nadapter = \"/run/a.sock\"\n");
+        let args = read(&file, &[]).expect("taken");
+        assert_eq!(args.adapter.as_deref(), Some(Path::new("/run/a.sock")));
+        assert!(read(&file, &["--governor", "immediate"]).is_err(), "one of both");
     }
 
     #[test]

@@ -35,7 +35,9 @@ impl Node {
                         && record.is_namespace_there()
                         && (governed || self.options().ungoverned == Ungoverned::Closed) =>
                 {
-                    if !governed {
+                    if governed {
+                        self.resume(&record).await;
+                    } else {
                         self.govern_later(record);
                     }
                 }

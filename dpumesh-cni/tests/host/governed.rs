@@ -35,6 +35,8 @@ impl Governor for Gate {
             .map_err(|_| GovernorError("the gate is gone".to_owned()))
     }
 
+    async fn resume(&self, _: &GovernedPod) {}
+
     async fn forget(&self, _: &GovernedPod) {}
 }
 
