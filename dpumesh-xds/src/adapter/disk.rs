@@ -29,7 +29,7 @@ const KEPT: [(ResourceType, &str); 4] = [
     (ResourceType::Route, "rds"),
 ];
 
-/// A way to the writing thread. It ends when all are dropped.
+/// A way to the writing thread.
 #[derive(Debug, Clone)]
 pub struct Keeper {
     jobs: Sender<Job>,
@@ -37,12 +37,16 @@ pub struct Keeper {
 
 /// The writing thread. [`Self::finish`] waits until everything is on disk.
 #[derive(Debug)]
-pub struct Writer(JoinHandle<()>);
+pub struct Writer {
+    jobs: Sender<Job>,
+    thread: JoinHandle<()>,
+}
 
 impl Writer {
-    /// Waits for the thread; every [`Keeper`] must have been dropped.
+    /// Waits until everything is on disk that was said so far, and ends the thread. What is said later is lost.
     pub fn finish(self) {
-        if self.0.join().is_err() {
+        let _ = self.jobs.send(Job::End);
+        if self.thread.join().is_err() {
             tracing::error!("the writer of the last good configuration panicked");
         }
     }
@@ -52,6 +56,7 @@ impl Writer {
 enum Job {
     Update(String, Update, bool),
     Pods(Vec<LocalPod>),
+    End,
 }
 
 /// Opens the folder and starts the thread.
@@ -65,7 +70,8 @@ pub fn open(folder: &Path) -> io::Result<(Keeper, Writer)> {
     let thread = std::thread::Builder::new()
         .name("last-good".to_owned())
         .spawn(move || write(&folder, &receiver))?;
-    Ok((Keeper { jobs }, Writer(thread)))
+    let keeper = Keeper { jobs: jobs.clone() };
+    Ok((keeper, Writer { jobs, thread }))
 }
 
 impl Keeper {
@@ -141,12 +147,14 @@ struct Change {
 }
 
 fn write(folder: &Path, jobs: &Receiver<Job>) {
-    while let Ok(first) = jobs.recv() {
+    let mut ended = false;
+    while !ended && let Ok(first) = jobs.recv() {
         let mut changes: BTreeMap<(String, ResourceType), Change> = BTreeMap::new();
         let mut pods = None;
         for job in std::iter::once(first).chain(std::iter::from_fn(|| jobs.try_recv().ok())) {
             match job {
                 Job::Pods(all) => pods = Some(all),
+                Job::End => ended = true,
                 Job::Update(pod, update, whole) => merge(&mut changes, pod, update, whole),
             }
         }
@@ -268,7 +276,6 @@ mod tests {
         for (file, kind) in recorded::TYPES {
             keeper.update(&pod.key(), update(kind, recorded::resources(0, file), &[]), false);
         }
-        drop(keeper);
         writer.finish();
         let restored = restore(folder.path());
         assert_eq!(restored[0].0, pod);
@@ -281,7 +288,6 @@ mod tests {
             update(ResourceType::Listener, vec![], &[&name]),
             false,
         );
-        drop(keeper);
         writer.finish();
         let restored = restore(folder.path());
         assert!(!restored[0].1.listeners.contains_key(&name));
@@ -294,7 +300,6 @@ mod tests {
             update(ResourceType::Listener, recorded::resources(0, "lds"), &[]),
             true,
         );
-        drop(keeper);
         writer.finish();
         assert!(restore(folder.path()).is_empty());
         assert!(!place(folder.path(), &pod.key()).exists());

@@ -151,6 +151,12 @@ impl Governor {
         }
     }
 
+    /// Whether a pod's newest view is whole.
+    pub fn complete(&self, key: &str) -> bool {
+        let standing = self.pods.get(key);
+        standing.is_some_and(|standing| standing.current.missing().is_empty())
+    }
+
     /// What is to be aggregated.
     pub fn views(&self) -> Vec<PodView> {
         let chosen = self.pods.values().filter_map(Standing::view);

@@ -32,11 +32,13 @@ pub mod status;
 pub mod stream;
 pub mod token;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::aggregate::{Aggregate, Figures, Options, aggregate};
@@ -63,6 +65,10 @@ pub struct Mesh {
     /// The Istio version whose configuration is asked for.
     pub istio_version: String,
 }
+
+/// How long the first aggregate may wait for pods that are there from the start: a proxy that knows them from before a restart would
+/// else lose those whose configuration comes last.
+pub const FIRST: Duration = Duration::from_secs(5);
 
 /// What an adapter is made of.
 #[derive(Debug)]
@@ -113,6 +119,8 @@ pub struct Adapter {
     streams: BTreeMap<String, Stream>,
     restored: BTreeMap<String, (LocalPod, PodView)>,
     published: Option<(u64, Arc<Snapshot>)>,
+    /// Until when the first aggregate waits for these.
+    first: Option<(Instant, BTreeSet<String>)>,
     board: watch::Sender<BTreeMap<String, Report>>,
     shown: watch::Sender<Shown>,
 }
@@ -144,6 +152,7 @@ impl Adapter {
                 .map(|(pod, view)| (pod.key(), (pod, view)))
                 .collect(),
             published: None,
+            first: None,
             board: watch::Sender::default(),
             shown: watch::Sender::default(),
         }
@@ -162,6 +171,7 @@ impl Adapter {
     /// Runs until dropped.
     pub async fn run(mut self) {
         self.reconcile();
+        self.first = Some((Instant::now() + FIRST, self.streams.keys().cloned().collect()));
         // What was kept is there at once; without anything to publish a proxy keeps what it has.
         if !self.views_changed().is_empty() {
             self.publish().await;
@@ -169,7 +179,9 @@ impl Adapter {
         loop {
             let pods = Arc::clone(&self.parts.pods);
             let views = Arc::clone(&self.views);
+            let patience = self.first.as_ref().map(|(until, _)| *until);
             let again = tokio::select! {
+                () = tokio::time::sleep_until(patience.unwrap_or_else(Instant::now)), if patience.is_some() => true,
                 () = pods.changed.notified() => self.reconcile(),
                 () = views.settled() => true,
                 Some(event) = self.parts.events.recv() => self.event(&event),
@@ -264,7 +276,23 @@ impl Adapter {
         again
     }
 
+    /// Whether the first aggregate is to wait for more.
+    fn waits(&mut self) -> bool {
+        let Some((until, pods)) = &mut self.first else {
+            return false;
+        };
+        pods.retain(|pod| self.streams.contains_key(pod) && !self.governor.complete(pod));
+        let waits = !pods.is_empty() && Instant::now() < *until;
+        if !waits {
+            self.first = None;
+        }
+        waits
+    }
+
     async fn publish(&mut self) {
+        if self.waits() {
+            return;
+        }
         let views = self.governor.views();
         let options = self.parts.options;
         let made = match tokio::task::spawn_blocking(move || aggregate(&views, &options)).await {
@@ -346,3 +374,6 @@ fn told(event: &Event) {
         Outcome::Gone => tracing::info!(node, "proxy is gone"),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -236,7 +236,7 @@ impl Apply for PodStream {
     }
 
     fn lost(&mut self, reason: &str) {
-        tracing::info!(
+        tracing::debug!(
             pod = self.pod.key(),
             reason,
             "stream to istiod ended; the last configuration stays"

@@ -197,15 +197,10 @@ async fn run(args: &Args) -> Result<(), Failed> {
         () = program::ended() => {}
     }
     tracing::info!("ends; proxies keep what they have");
-    drop_and_finish(writer);
-    Ok(())
-}
-
-/// Everything that writes was dropped with the adapter; what is on its way still is written.
-fn drop_and_finish(writer: Option<disk::Writer>) {
     if let Some(writer) = writer {
         writer.finish();
     }
+    Ok(())
 }
 
 impl Args {

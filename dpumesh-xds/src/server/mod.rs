@@ -6,7 +6,7 @@
 //!
 //! Clusters and endpoints travel before listeners and routes; removals wait until everything added by the same snapshot has been acknowledged, so
 //! no proxy is ever told to refer to what it no longer has. Per type one response is under way: a slow proxy gets the newest
-//! state when it is ready for it, and nothing piles up. What a proxy refuses is not sent again until it changes.
+//! state when it is ready for it, and nothing piles up. What was in a response that a proxy refuses is not sent again before the next snapshot.
 //!
 //! Secrets are refused by name, whoever asks: keys are made on the SoC and never pass here. Only delta ADS is served; a
 //! proxy configured for state-of-the-world gets `Unimplemented`.

@@ -46,8 +46,8 @@ struct Subscription {
     /// The first request is answered even when there is nothing to say.
     greet: bool,
     under_way: Option<UnderWay>,
-    /// The last response was refused, and nothing was acknowledged since.
-    refused: bool,
+    /// Names in a response that was refused, until the next snapshot. The client may have taken some of them.
+    refused: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -106,7 +106,9 @@ impl Session {
         else {
             return;
         };
-        subscription.refused = request.error_detail.is_some();
+        if request.error_detail.is_some() {
+            subscription.refused.extend(names.iter().cloned());
+        }
         let outcome = match &request.error_detail {
             None => Outcome::Ack,
             Some(error) => Outcome::Nack(error.message.clone()),
@@ -129,6 +131,14 @@ impl Session {
         self.generation = generation;
         if let Some(old) = &self.snapshot {
             self.ask_again_for_endpoints(&Arc::clone(old), &snapshot);
+        }
+        for (kind, subscription) in &mut self.types {
+            // Those that are still there are sent again, whatever became of them; those that are not are removed as if the client had them.
+            let again = std::mem::take(&mut subscription.refused);
+            let there = again
+                .into_iter()
+                .filter(|name| snapshot.get(*kind, name).is_some());
+            subscription.asked.extend(there);
         }
         self.snapshot = Some(snapshot);
     }
@@ -159,7 +169,11 @@ impl Session {
         }
         // Nothing goes while something that may no longer refer to it is still to be taken.
         for kind in REMOVAL {
-            if self.types.values().any(|s| s.under_way.is_some() || s.refused) {
+            if self
+                .types
+                .values()
+                .any(|s| s.under_way.is_some() || !s.refused.is_empty())
+            {
                 break;
             }
             responses.extend(self.removals(kind, &snapshot));
@@ -179,7 +193,11 @@ impl Session {
     /// Whether the client asked for everything there is, and acknowledged it. Routes are asked for only once their listener was taken, so
     /// an acknowledged listener alone does not say that connections find their way.
     fn has_all(&self, snapshot: &Snapshot) -> bool {
-        if self.types.values().any(|s| s.under_way.is_some() || s.refused) {
+        if self
+            .types
+            .values()
+            .any(|s| s.under_way.is_some() || !s.refused.is_empty())
+        {
             return false;
         }
         ResourceType::ALL.into_iter().all(|kind| {

@@ -171,6 +171,32 @@ fn removals_wait_while_something_is_refused() {
 }
 
 #[test]
+fn after_a_refusal_the_next_snapshot_starts_from_what_may_have_been_taken() {
+    let mut session = started(&first());
+    settle(&mut session);
+    let with = |more: &[(ResourceType, &str, &str)]| {
+        let mut all = vec![
+            (Listener, "l", "to a"),
+            (Cluster, "a", "1"),
+            (Endpoints, "a", "x"),
+            (Route, "80", "to a"),
+        ];
+        all.extend(more);
+        snapshot(&all)
+    };
+    session.publish(2, with(&[(Cluster, "bad", "1"), (Cluster, "good", "1")]));
+    let sent = session.responses();
+    assert_eq!(shown(&sent), ["cluster +bad +good"]);
+    session.request(nack(&sent[0], "bad: no")).unwrap();
+    assert_eq!(settle(&mut session), Vec::<String>::new());
+    session.events.clear();
+    session.publish(3, with(&[(Cluster, "good", "1")]));
+    assert_eq!(settle(&mut session), ["cluster +good", "cluster -bad"]);
+    let last = session.events.last().unwrap();
+    assert_eq!((last.generation, &last.outcome), (3, &Outcome::InStep));
+}
+
+#[test]
 fn a_slow_client_gets_the_newest_state_only() {
     let mut session = started(&first());
     settle(&mut session);
