@@ -140,7 +140,7 @@ impl World {
 
     /// A proxy that refuses resources of which this is true.
     fn proxy(&self, refuses: impl Fn(&str) -> bool + Send + 'static) -> Proxy {
-        let has: Arc<Mutex<BTreeMap<(ResourceType, String), Vec<u8>>>> = Arc::default();
+        let has = Has::default();
         let mut taker = Taker {
             has: Arc::clone(&has),
             refuses: Box::new(refuses),
@@ -166,8 +166,11 @@ impl Drop for World {
     }
 }
 
+/// What a proxy has, by type and name.
+type Has = Arc<Mutex<BTreeMap<(ResourceType, String), Vec<u8>>>>;
+
 struct Proxy {
-    has: Arc<Mutex<BTreeMap<(ResourceType, String), Vec<u8>>>>,
+    has: Has,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -179,7 +182,7 @@ impl Drop for Proxy {
 
 /// Takes resources as a proxy does, and asks for what they refer to.
 struct Taker {
-    has: Arc<Mutex<BTreeMap<(ResourceType, String), Vec<u8>>>>,
+    has: Has,
     refuses: Box<dyn Fn(&str) -> bool + Send>,
 }
 

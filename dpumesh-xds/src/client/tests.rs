@@ -237,6 +237,245 @@ async fn a_lost_server_loses_nothing_and_only_changes_travel_when_it_is_back() {
     assert_eq!(world.counters.resources.load(Ordering::Relaxed) - before, 1);
 }
 
+/// A server that answers each request for clusters with the next of these messages, as they are on the wire.
+async fn scripted(messages: Vec<Vec<u8>>) -> (std::net::SocketAddr, Receiver<DeltaDiscoveryRequest>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (requests, received) = mpsc::channel(64);
+    let script = scripted::Script {
+        messages: Arc::new(std::sync::Mutex::new(messages.into())),
+        requests,
+    };
+    let server = tonic::transport::Server::builder().add_service(script);
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    (address, received)
+}
+
+mod scripted {
+    use std::collections::VecDeque;
+    use std::convert::Infallible;
+    use std::future::Future;
+    use std::pin::Pin;
+    use std::sync::Mutex;
+    use std::task::{Context, Poll};
+
+    use bytes::{Buf as _, BufMut as _};
+    use tonic::body::Body;
+    use tonic::codec::{Codec, DecodeBuf, EncodeBuf, Encoder};
+    use tonic::server::{NamedService, StreamingService};
+    use tonic::{Response, Streaming};
+    use tower_service::Service;
+
+    use super::*;
+
+    type Answer<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+    #[derive(Clone)]
+    pub(super) struct Script {
+        pub(super) messages: Arc<Mutex<VecDeque<Vec<u8>>>>,
+        pub(super) requests: Sender<DeltaDiscoveryRequest>,
+    }
+
+    impl NamedService for Script {
+        const NAME: &'static str = crate::discovery::SERVICE;
+    }
+
+    impl Service<http::Request<Body>> for Script {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = Answer<Result<http::Response<Body>, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            let script = self.clone();
+            Box::pin(async move { Ok(tonic::server::Grpc::new(Raw).streaming(script, request).await) })
+        }
+    }
+
+    impl StreamingService<DeltaDiscoveryRequest> for Script {
+        type Response = Vec<u8>;
+        type ResponseStream = ReceiverStream<Result<Vec<u8>, Status>>;
+        type Future = Answer<Result<Response<Self::ResponseStream>, Status>>;
+
+        fn call(&mut self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Self::Future {
+            let script = self.clone();
+            let (sender, receiver) = mpsc::channel(8);
+            tokio::spawn(async move {
+                let mut requests = request.into_inner();
+                while let Ok(Some(request)) = requests.message().await {
+                    let next = (request.type_url == Cluster.url())
+                        .then(|| script.messages.lock().unwrap().pop_front())
+                        .flatten();
+                    let _ = script.requests.send(request).await;
+                    if let Some(message) = next {
+                        let _ = sender.send(Ok(message)).await;
+                    }
+                }
+            });
+            Box::pin(async move { Ok(Response::new(ReceiverStream::new(receiver))) })
+        }
+    }
+
+    /// Messages that are sent as the octets they are.
+    struct Raw;
+
+    impl Codec for Raw {
+        type Encode = Vec<u8>;
+        type Decode = DeltaDiscoveryRequest;
+        type Encoder = Self;
+        type Decoder = Self;
+
+        fn encoder(&mut self) -> Self {
+            Self
+        }
+
+        fn decoder(&mut self) -> Self {
+            Self
+        }
+    }
+
+    impl Encoder for Raw {
+        type Item = Vec<u8>;
+        type Error = Status;
+
+        fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+            buffer.put_slice(&item);
+            Ok(())
+        }
+    }
+
+    impl tonic::codec::Decoder for Raw {
+        type Item = DeltaDiscoveryRequest;
+        type Error = Status;
+
+        fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+            let octets = buffer.copy_to_bytes(buffer.remaining());
+            let request = <DeltaDiscoveryRequest as prost::Message>::decode(octets);
+            request
+                .map(Some)
+                .map_err(|error| Status::internal(error.to_string()))
+        }
+    }
+}
+
+/// What was asked for first, NACKed and acknowledged of clusters, in order, until the `acks`th acknowledgement; and what was applied.
+async fn played(
+    messages: Vec<Vec<u8>>,
+    acks: usize,
+) -> (Vec<String>, BTreeMap<(ResourceType, String), Vec<u8>>) {
+    let (address, mut requests) = scripted(messages).await;
+    let (out, mut seen) = mpsc::channel(64);
+    let client = Client {
+        channel: channel(&address.to_string(), &Security::Plaintext).unwrap(),
+        node: Node {
+            id: "n".into(),
+            ..Node::default()
+        },
+        credential: Credential::Connection,
+        wildcards: vec![Cluster],
+        counters: Arc::default(),
+    };
+    let task = tokio::spawn(async move {
+        let has = BTreeMap::new();
+        client.run(&mut Recorder { has, out }).await;
+    });
+    let mut heard = Vec::new();
+    let listen = async {
+        while heard.iter().filter(|h| *h == "ack").count() < acks {
+            let request = requests.recv().await.expect("the server lives");
+            if request.type_url != Cluster.url() {
+                continue;
+            }
+            heard.push(match (request.response_nonce.as_str(), request.error_detail) {
+                ("", _) => {
+                    let mut has: Vec<_> = request.initial_resource_versions.into_iter().collect();
+                    has.sort();
+                    format!("hello {has:?}")
+                }
+                (_, None) => "ack".to_owned(),
+                (nonce, Some(error)) => format!("nack {nonce}: {}", error.message),
+            });
+        }
+    };
+    let listened = tokio::time::timeout(Duration::from_secs(20), listen).await;
+    assert!(listened.is_ok(), "never {acks} acknowledgements: {heard:?}");
+    task.abort();
+    let mut last = BTreeMap::new();
+    while let Some(seen) = seen.recv().await {
+        if let Seen::Update(has) = seen {
+            last = has;
+        }
+    }
+    (heard, last)
+}
+
+fn encoded(nonce: &str, name: &str, value: &[u8]) -> Vec<u8> {
+    let mut response = response(Cluster.url(), 0);
+    response.nonce = nonce.into();
+    response.resources[0].name = name.into();
+    response.resources[0].resource.as_mut().unwrap().value = value.to_vec();
+    prost::Message::encode_to_vec(&response)
+}
+
+#[tokio::test]
+async fn a_response_that_is_no_message_ends_the_stream_and_changes_nothing() {
+    let good = encoded("1", "a", b"good");
+    for end in [1, good.len() / 2, good.len() - 1] {
+        let cut = encoded("2", "b", b"lost")[..end.min(good.len() - 1)].to_vec();
+        let (heard, has) = played(vec![good.clone(), cut, encoded("3", "c", b"good")], 2).await;
+        assert_eq!(
+            heard,
+            ["hello []", "ack", "hello [(\"a\", \"1\")]", "ack"],
+            "cut after {end}"
+        );
+        let names: Vec<&str> = has.keys().map(|(_, name)| name.as_str()).collect();
+        assert_eq!(names, ["a", "c"]);
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_resource_is_refused_by_name_on_the_wire_and_changes_nothing() {
+    let messages = vec![
+        encoded("1", "a", b"good"),
+        encoded("2", "a", b"bad"),
+        encoded("3", "b", b"good"),
+    ];
+    let (heard, has) = played(messages, 2).await;
+    assert_eq!(
+        heard,
+        [
+            "hello []",
+            "ack",
+            "nack 2: cluster \"a\": some.path: is bad",
+            "ack"
+        ]
+    );
+    assert_eq!(has[&(Cluster, "a".to_owned())], b"good");
+}
+
+#[tokio::test]
+async fn an_oversized_response_is_refused_by_type_on_the_wire_and_changes_nothing() {
+    let messages = vec![
+        encoded("1", "a", b"good"),
+        encoded("2", "a", &vec![0; MAX_RESPONSE + 1]),
+        encoded("3", "b", b"good"),
+    ];
+    let (heard, has) = played(messages, 2).await;
+    assert_eq!(
+        heard,
+        [
+            "hello []",
+            "ack",
+            "nack 2: 134217729 octets of cluster resources are more than 134217728",
+            "ack"
+        ]
+    );
+    assert_eq!(has[&(Cluster, "a".to_owned())], b"good");
+}
+
 fn state() -> State {
     State::new(Node::default(), &[Cluster, Listener])
 }

@@ -324,3 +324,100 @@ fn a_response_that_was_recorded_decodes_as_ours() {
     assert_eq!(response.type_url, ResourceType::Listener.url());
     assert!(!response.nonce.is_empty() && response.encode_to_vec().len() > 1000);
 }
+
+/// Everything that is typed, and the carried bodies as Envoy's JSON.
+fn golden(view: &crate::ir::PodView, notes: &[Note]) -> String {
+    use std::fmt::Write as _;
+
+    let body = |content: &Content| {
+        let json = serde_json::to_value(open(&content.body)).unwrap();
+        serde_json::to_string_pretty(&sorted(json)).unwrap()
+    };
+    let mut text = String::new();
+    for listener in view.listeners.values() {
+        let Listener {
+            name,
+            role,
+            addresses,
+            detection,
+            ..
+        } = &**listener;
+        writeln!(text, "listener {name:?} {role:?} {addresses:?}\n  {detection:?}").unwrap();
+        for chain in listener.all_chains() {
+            let stateful = if chain.stateful { " stateful" } else { "" };
+            writeln!(text, "chain {:?}{stateful} {:?}", chain.name, chain.matches).unwrap();
+            writeln!(text, "  {:?}", chain.content.references).unwrap();
+            writeln!(text, "{}", body(&chain.content)).unwrap();
+        }
+    }
+    for route in view.routes.values() {
+        writeln!(text, "route {:?} {:?}", route.name, route.content.references).unwrap();
+        writeln!(text, "{}", body(&route.content)).unwrap();
+    }
+    for cluster in view.clusters.values() {
+        let stateful = if cluster.stateful { " stateful" } else { "" };
+        writeln!(
+            text,
+            "cluster {:?}{stateful} {:?}",
+            cluster.name, cluster.endpoints
+        )
+        .unwrap();
+        writeln!(text, "{}", body(&cluster.content)).unwrap();
+    }
+    for assignment in view.endpoints.values() {
+        writeln!(text, "endpoints {:?}", assignment.name).unwrap();
+        writeln!(text, "{}", body(&assignment.content)).unwrap();
+    }
+    for note in notes {
+        writeln!(text, "note\t{}\t{}\t{}", note.resource, note.path, note.what).unwrap();
+    }
+    text
+}
+
+/// Maps of a message come in any order.
+fn sorted(value: serde_json::Value) -> serde_json::Value {
+    match value {
+        serde_json::Value::Object(fields) => {
+            let fields: std::collections::BTreeMap<_, _> = fields.into_iter().collect();
+            fields
+                .into_iter()
+                .map(|(key, value)| (key, sorted(value)))
+                .collect()
+        }
+        serde_json::Value::Array(values) => values.into_iter().map(sorted).collect(),
+        other => other,
+    }
+}
+
+#[test]
+fn golden_translation_of_what_istiod_sent() {
+    // The third pod is another replica of the second.
+    for (index, (pod, _, _)) in recorded::PODS.iter().take(2).enumerate() {
+        let (view, notes) = recorded::view(index);
+        let text = golden(&view, &notes);
+        let path = format!(
+            "{}/tests/recorded/{pod}.translated.txt",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        if let Some((line, (got, was))) = text
+            .lines()
+            .zip(golden.lines())
+            .enumerate()
+            .find(|(_, (a, b))| a != b)
+        {
+            panic!(
+                "{path}:{}: {was}\nis now: {got}\nrun with UPDATE_GOLDEN=1 and look at the difference",
+                line + 1
+            );
+        }
+        assert_eq!(
+            text.len(),
+            golden.len(),
+            "{path}: run with UPDATE_GOLDEN=1 and look at the difference"
+        );
+    }
+}
