@@ -242,7 +242,9 @@ fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        let more = cause.to_string();
+        let mut more = cause.to_string();
+        // What the API answered is printed as a structure behind its own message.
+        more.truncate(more.find(" (Status {").unwrap_or(more.len()));
         if !text.contains(&more) {
             text.push_str(": ");
             text.push_str(&more);
