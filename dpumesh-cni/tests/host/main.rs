@@ -1,6 +1,7 @@
 //! Plugin, agent, dataplane and proxy of a host, each a process of its own, on the emulated card. Every case is a process
 //! in namespaces of its own; what a container runtime does is done by [`runtime::Runtime`], and once by a real one.
 
+mod adapter;
 mod attachments;
 mod governed;
 mod podman;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         restarts::pods_end_while_agent_and_dataplane_are_away,
         governed::a_pod_is_closed_until_it_is_governed,
         governed::a_plugin_killed_while_it_waits_is_not_waited_for,
+        adapter::the_adapter_says_when_a_pod_is_governed,
         podman::podman_runs_containers_on_the_mesh,
     ])
 }
