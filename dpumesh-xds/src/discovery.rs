@@ -80,6 +80,11 @@ impl ResourceType {
         matches!(self, Self::Cluster | Self::Listener | Self::Binding | Self::Peer)
     }
 
+    /// Whether nothing refers to a resource of this type: it can go at any time.
+    pub const fn stands_alone(self) -> bool {
+        matches!(self, Self::Binding | Self::Peer)
+    }
+
     /// The word people use: `listener`, `cluster` …
     pub const fn word(self) -> &'static str {
         match self {

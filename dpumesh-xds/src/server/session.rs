@@ -169,12 +169,8 @@ impl Session {
         }
         // Nothing goes while something that may no longer refer to it is still to be taken.
         for kind in REMOVAL {
-            if self
-                .types
-                .values()
-                .any(|s| s.under_way.is_some() || !s.refused.is_empty())
-            {
-                break;
+            if self.keeps(kind) {
+                continue;
             }
             responses.extend(self.removals(kind, &snapshot));
         }
@@ -207,6 +203,15 @@ impl Session {
             };
             snapshot.of(kind).all(has)
         })
+    }
+
+    /// Whether what is gone of a type may not go yet.
+    fn keeps(&self, kind: ResourceType) -> bool {
+        if kind.stands_alone() {
+            return self.types.get(&kind).is_some_and(|s| s.under_way.is_some());
+        }
+        let mut others = self.types.iter().filter(|(kind, _)| !kind.stands_alone());
+        others.any(|(_, s)| s.under_way.is_some() || !s.refused.is_empty())
     }
 
     fn additions(&mut self, kind: ResourceType, snapshot: &Snapshot) -> Option<DeltaDiscoveryResponse> {

@@ -1,7 +1,7 @@
 use super::session::Session;
 use super::*;
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
-use ResourceType::{Cluster, Endpoints, Listener, Route, Secret};
+use ResourceType::{Binding, Cluster, Endpoints, Listener, Peer, Route, Secret};
 
 fn snapshot(resources: &[(ResourceType, &str, &str)]) -> Arc<Snapshot> {
     let mut snapshot = Snapshot::default();
@@ -194,6 +194,34 @@ fn after_a_refusal_the_next_snapshot_starts_from_what_may_have_been_taken() {
     assert_eq!(settle(&mut session), ["cluster +good", "cluster -bad"]);
     let last = session.events.last().unwrap();
     assert_eq!((last.generation, &last.outcome), (3, &Outcome::InStep));
+}
+
+#[test]
+fn what_stands_alone_goes_although_something_else_is_refused() {
+    let mut session = Session::default();
+    session.publish(
+        1,
+        snapshot(&[
+            (Binding, "shop/a", "1"),
+            (Binding, "shop/b", "1"),
+            (Peer, "n2", "1"),
+        ]),
+    );
+    for kind in [Binding, Peer] {
+        session.request(ask(kind, &[])).unwrap();
+    }
+    let sent = session.responses();
+    assert_eq!(shown(&sent), ["binding +shop/a +shop/b", "peer +n2"]);
+    session.publish(2, snapshot(&[(Binding, "shop/a", "1")]));
+    assert_eq!(
+        shown(&session.responses()),
+        Vec::<String>::new(),
+        "both are under way"
+    );
+    session.request(nack(&sent[0], "shop/a: bad")).unwrap();
+    assert_eq!(shown(&session.responses()), ["binding -shop/b"]);
+    session.request(ack(&sent[1])).unwrap();
+    assert_eq!(shown(&session.responses()), ["peer -n2"]);
 }
 
 #[test]

@@ -18,10 +18,13 @@ pub(crate) struct Told {
     pub(crate) bindings: BTreeMap<String, Binding>,
     pub(crate) peers: BTreeMap<String, Peer>,
     pub(crate) lost: Option<String>,
+    /// A binding that is not taken.
+    pub(crate) refuse: Option<String>,
 }
 
 pub(crate) struct Adapter {
     told: watch::Receiver<Told>,
+    teach: watch::Sender<Told>,
     task: AbortHandle,
 }
 
@@ -79,9 +82,11 @@ impl Adapter {
             counters: Arc::new(Counters::default()),
         };
         let (sender, told) = watch::channel(Told::default());
+        let teach = sender.clone();
         let task = tokio::spawn(async move { client.run(&mut Notebook(sender)).await });
         Self {
             told,
+            teach,
             task: task.abort_handle(),
         }
     }
@@ -104,6 +109,11 @@ impl Adapter {
         self.told.borrow().peers.get(node).cloned()
     }
 
+    /// From now on it does not take this binding.
+    pub(crate) fn refuse(&self, key: &str) {
+        self.teach.send_modify(|told| told.refuse = Some(key.to_owned()));
+    }
+
     pub(crate) fn lost(&self) -> Option<String> {
         self.told.borrow().lost.clone()
     }
@@ -123,6 +133,11 @@ impl Apply for Notebook {
                     .map(|any| any.value.as_slice())
                     .unwrap_or_default();
                 let name = resource.name.clone();
+                if told.refuse.as_ref() == Some(&name) {
+                    let reason = format!("{name}: not to my taste");
+                    rejected.push(Rejection { name, reason });
+                    continue;
+                }
                 let read = match update.kind {
                     ResourceType::Binding => Binding::decode(octets)
                         .map(|binding| drop(told.bindings.insert(name.clone(), binding))),

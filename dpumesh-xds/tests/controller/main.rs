@@ -36,6 +36,7 @@ async fn the_controller_tells_each_adapter_what_the_real_api_knows() {
     pods_come_and_go(&cluster, &first, &second, [&n1, &n2]).await;
     namespaces_opt_in(&cluster, &first, &n1).await;
     a_wrong_annotation_takes_a_node_away_and_nothing_else(&cluster, &controller, &first, &n2).await;
+    what_an_adapter_refuses_is_shown_and_hinders_nothing(&cluster, &controller, &first, &n1).await;
     nobody_sees_anothers(&controller, &credentials, [&n1, &n2]).await;
     an_api_that_goes_away_takes_nothing_with_it(&cluster, &controller, &credentials, [&n1, &n2]).await;
     controller.end().await;
@@ -161,6 +162,40 @@ async fn a_wrong_annotation_takes_a_node_away_and_nothing_else(
     cluster.annotate(n2, "192.0.2.22").await;
     first.until(|adapter| adapter.peers.contains_key(n2)).await;
     assert_eq!(first.peer(n2).unwrap().tunnel_endpoint, "192.0.2.22");
+}
+
+async fn what_an_adapter_refuses_is_shown_and_hinders_nothing(
+    cluster: &Cluster,
+    controller: &Controller,
+    first: &Adapter,
+    n1: &str,
+) {
+    let (bad, good, gone) = (cluster.key("bad"), cluster.key("good"), cluster.key("web-2"));
+    first.refuse(&bad);
+    let labels = json!({"dpumesh.io/dataplane": "dpu"});
+    cluster.pod("bad", n1, labels.clone()).await;
+    let health = || {
+        let page: serde_json::Value = serde_json::from_str(&controller.page("/status").1).unwrap();
+        page["adapters"][n1].clone()
+    };
+    let object = format!("binding {bad}");
+    eventually("the refusal is shown", || {
+        health()["refused"][&object].is_string()
+    })
+    .await;
+    let reason = health()["refused"][&object].as_str().unwrap().to_owned();
+    assert!(reason.contains("not to my taste"), "{reason}");
+    cluster.delete("web-2").await;
+    first.until(|adapter| !adapter.bindings.contains_key(&gone)).await;
+    cluster.pod("good", n1, labels).await;
+    first.until(|adapter| adapter.bindings.contains_key(&good)).await;
+    assert!(first.binding(&bad).is_none());
+    cluster.delete("bad").await;
+    eventually("a refused one that is gone is no longer shown", || {
+        health()["refused"].as_object().unwrap().is_empty()
+    })
+    .await;
+    assert_eq!(health()["streams"], 1);
 }
 
 async fn nobody_sees_anothers(controller: &Controller, credentials: &Credentials, [n1, n2]: [&str; 2]) {
