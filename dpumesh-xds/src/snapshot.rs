@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use prost::Message as _;
 use prost_types::Any;
 
 use crate::discovery::ResourceType;
@@ -14,6 +15,27 @@ pub struct Published {
     pub version: String,
     /// The message.
     pub resource: Any,
+    /// Of a cluster: the name its endpoints go by, if it is another.
+    pub endpoints: Option<String>,
+}
+
+/// What is read of an `envoy.config.cluster.v3.Cluster`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Cluster {
+    #[prost(message, optional, tag = "3")]
+    eds_cluster_config: Option<EdsClusterConfig>,
+}
+
+/// `EdsClusterConfig`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct EdsClusterConfig {
+    #[prost(string, tag = "2")]
+    service_name: String,
+}
+
+fn endpoints(bytes: &[u8]) -> Option<String> {
+    let eds = Cluster::decode(bytes).ok()?.eds_cluster_config?;
+    Some(eds.service_name).filter(|name| !name.is_empty())
 }
 
 /// All resources that one proxy should have. Cloning one in an `Arc` is how it travels.
@@ -27,6 +49,9 @@ impl Snapshot {
     pub fn insert(&mut self, kind: ResourceType, name: impl Into<String>, bytes: Vec<u8>) {
         let published = Published {
             version: Hash::of(&bytes).version(),
+            endpoints: (kind == ResourceType::Cluster)
+                .then(|| endpoints(&bytes))
+                .flatten(),
             resource: Any {
                 type_url: kind.url().to_owned(),
                 value: bytes,
@@ -120,6 +145,32 @@ mod tests {
             snapshot.insert(*kind, *name, body.as_bytes().to_vec());
         }
         snapshot
+    }
+
+    #[test]
+    fn a_cluster_says_under_which_name_its_endpoints_go() {
+        let descriptor = |name| crate::schema::message(name).unwrap();
+        let cluster = descriptor("envoy.config.cluster.v3.Cluster");
+        assert_eq!(
+            cluster.get_field_by_name("eds_cluster_config").unwrap().number(),
+            3
+        );
+        let eds = descriptor("envoy.config.cluster.v3.Cluster.EdsClusterConfig");
+        assert_eq!(eds.get_field_by_name("service_name").unwrap().number(), 2);
+        let bytes = super::Cluster {
+            eds_cluster_config: Some(EdsClusterConfig {
+                service_name: "s".into(),
+            }),
+        }
+        .encode_to_vec();
+        let mut snapshot = Snapshot::default();
+        snapshot.insert(Cluster, "c", bytes);
+        assert_eq!(
+            snapshot.get(Cluster, "c").unwrap().endpoints.as_deref(),
+            Some("s")
+        );
+        snapshot.insert(Cluster, "c", b"\xff".to_vec());
+        assert_eq!(snapshot.get(Cluster, "c").unwrap().endpoints, None);
     }
 
     #[test]

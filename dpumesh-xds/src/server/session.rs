@@ -129,9 +129,6 @@ impl Session {
     /// The newest state.
     pub(super) fn publish(&mut self, generation: u64, snapshot: Arc<Snapshot>) {
         self.generation = generation;
-        if let Some(old) = &self.snapshot {
-            self.ask_again_for_endpoints(&Arc::clone(old), &snapshot);
-        }
         for (kind, subscription) in &mut self.types {
             // Those that are still there are sent again, whatever became of them; those that are not are removed as if the client had them.
             let again = std::mem::take(&mut subscription.refused);
@@ -143,16 +140,17 @@ impl Session {
         self.snapshot = Some(snapshot);
     }
 
-    /// A client that gets a changed cluster warms it, and for that wants its endpoints again although they did not change.
-    fn ask_again_for_endpoints(&mut self, old: &Snapshot, new: &Snapshot) {
+    /// A client that gets a new or changed cluster warms it, and for that wants its endpoints, even if it was told them for another
+    /// cluster: where it has subscribed to the name already it does not ask (Envoy 1.40 waits for fifteen seconds then).
+    fn ask_again_for_endpoints(&mut self, snapshot: &Snapshot, clusters: &[Resource]) {
         let Some(endpoints) = self.types.get_mut(&ResourceType::Endpoints) else {
             return;
         };
-        for (name, cluster) in new.of(ResourceType::Cluster) {
-            let changed = old
-                .get(ResourceType::Cluster, name)
-                .is_some_and(|had| had.version != cluster.version);
-            if changed && endpoints.names.contains(name) {
+        for cluster in clusters {
+            let published = snapshot.get(ResourceType::Cluster, &cluster.name);
+            let service = published.and_then(|published| published.endpoints.as_ref());
+            let name = service.unwrap_or(&cluster.name);
+            if endpoints.names.contains(name) {
                 endpoints.asked.insert(name.clone());
             }
         }
@@ -196,13 +194,17 @@ impl Session {
         {
             return false;
         }
-        ResourceType::ALL.into_iter().all(|kind| {
+        for kind in ResourceType::ALL {
             let subscription = self.types.get(&kind);
-            let has = |(name, published): (&String, &Published)| {
-                subscription.is_some_and(|s| s.has.get(name) == Some(&published.version))
+            let has = |(name, published): &(&String, &Published)| {
+                subscription.is_some_and(|s| s.has.get(*name) == Some(&published.version))
             };
-            snapshot.of(kind).all(has)
-        })
+            if let Some((name, _)) = snapshot.of(kind).find(|resource| !has(resource)) {
+                tracing::debug!(node = self.node, generation = self.generation, %kind, name, "the proxy has not asked for it yet");
+                return false;
+            }
+        }
+        true
     }
 
     /// Whether what is gone of a type may not go yet.
@@ -247,6 +249,9 @@ impl Session {
         let greet = std::mem::take(&mut subscription.greet);
         if resources.is_empty() && removed.is_empty() && !greet {
             return None;
+        }
+        if kind == ResourceType::Cluster {
+            self.ask_again_for_endpoints(snapshot, &resources);
         }
         Some(self.response(kind, resources, removed))
     }

@@ -171,6 +171,17 @@ fn removals_wait_while_something_is_refused() {
 }
 
 #[test]
+fn a_new_cluster_gets_endpoints_that_were_told_for_another() {
+    let mut session = started(&first());
+    settle(&mut session);
+    let mut next = (*first()).clone();
+    // eds_cluster_config { service_name: "a" }
+    next.insert(Cluster, "a@p", b"\x1a\x03\x12\x01a".to_vec());
+    session.publish(2, Arc::new(next));
+    assert_eq!(settle(&mut session), ["cluster +a@p", "endpoints +a"]);
+}
+
+#[test]
 fn after_a_refusal_the_next_snapshot_starts_from_what_may_have_been_taken() {
     let mut session = started(&first());
     settle(&mut session);
