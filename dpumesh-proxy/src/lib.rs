@@ -21,5 +21,6 @@ pub mod program;
 pub mod route;
 pub mod stats;
 mod tcp;
+pub mod tls;
 pub mod upstream;
 pub mod worker;

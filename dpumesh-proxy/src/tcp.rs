@@ -12,7 +12,6 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWrite;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::access_log::Record;
@@ -20,6 +19,7 @@ use crate::alarm::{Alarm, earlier};
 use crate::config::model::TcpProxy;
 use crate::http1::buffer::Buffer;
 use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
+use crate::tls::Stream;
 use crate::upstream::{NoConnection, Pooled};
 use crate::worker::{Buffers, Entry, Peer, Worker};
 
@@ -30,7 +30,7 @@ const BUSY_BUFFER: usize = 64 * 1024;
 pub(crate) async fn relay(
     worker: Rc<Worker>,
     entry: Entry,
-    mut client: TcpStream,
+    mut client: Stream,
     peer: Peer,
     proxy: Arc<TcpProxy>,
 ) {
@@ -73,7 +73,7 @@ pub(crate) async fn relay(
                 }
             };
             match server {
-                None => reset_on_close(&client),
+                None => client.reset_on_close(),
                 Some((_picked, server)) => {
                     end.flags = "";
                     pump(&worker, &entry, &mut client, server, proxy.idle_timeout, &mut end).await;
@@ -130,7 +130,7 @@ struct End {
 async fn pump(
     worker: &Worker,
     entry: &Entry,
-    client: &mut TcpStream,
+    client: &mut Stream,
     mut server: Pooled,
     idle_timeout: Option<Duration>,
     end: &mut End,
@@ -184,18 +184,13 @@ async fn pump(
         Err(Broken::Drained) => {}
         Err(Broken::Client) => {
             end.flags = "DC";
-            reset_on_close(&server.stream);
+            server.stream.reset_on_close();
         }
         Err(Broken::Server) => {
             end.flags = "UC";
-            reset_on_close(client);
+            client.reset_on_close();
         }
     }
-}
-
-fn reset_on_close(stream: &TcpStream) {
-    // A connection that is gone already needs no RST.
-    let _ = stream.set_zero_linger();
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,8 +215,8 @@ impl Direction {
         &mut self,
         cx: &mut Context<'_>,
         worker: &Worker,
-        from: &mut TcpStream,
-        to: &mut TcpStream,
+        from: &mut Stream,
+        to: &mut Stream,
         reader: Broken,
         writer: Broken,
     ) -> Result<Poll<()>, Broken> {
@@ -248,8 +243,8 @@ impl Direction {
         &mut self,
         cx: &mut Context<'_>,
         worker: &Worker,
-        from: &mut TcpStream,
-        to: &mut TcpStream,
+        from: &mut Stream,
+        to: &mut Stream,
     ) -> Poll<Result<(), Side>> {
         let buffer: &mut Buffer = match &mut self.buffers {
             Some(buffers) => &mut buffers.request_in,

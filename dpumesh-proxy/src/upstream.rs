@@ -20,6 +20,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::config::model::{Balance, Cluster, ClusterKind};
 use crate::stats::{Cluster as Stat, Scope, Shard};
+use crate::tls::Stream;
 
 /// Idle connections kept for one (endpoint, source address), at most.
 const IDLE_PER_KEY: usize = 512;
@@ -63,7 +64,7 @@ struct Freed {
 #[derive(Debug)]
 pub struct Pooled {
     /// The connection.
-    pub stream: TcpStream,
+    pub stream: Stream,
     /// Requests it has served.
     pub requests: u64,
     since: Instant,
@@ -199,7 +200,7 @@ impl Lane {
     /// A pooled connection to the endpoint, if one is open and silent. `careful` asks the kernel once more.
     pub fn take_idle(&self, picked: &Picked, source: Option<Origin>, careful: bool) -> Option<Pooled> {
         loop {
-            let pooled = match source {
+            let mut pooled = match source {
                 None => picked.endpoint.idle.borrow_mut().pop()?,
                 Some(source) => {
                     let mut pools = picked.endpoint.by_source.borrow_mut();
@@ -212,9 +213,7 @@ impl Lane {
                 }
             };
             // Readable while idle means closed or out of step. The first look costs no system call.
-            let silent = pooled.stream.try_read(&mut [0]);
-            let silent = matches!(silent, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-            if silent && (!careful || is_silent(&pooled.stream)) {
+            if pooled.stream.is_silent() && (!careful || is_silent(pooled.stream.socket())) {
                 return Some(pooled);
             }
         }
@@ -242,7 +241,7 @@ impl Lane {
         let failure = match attempt {
             Ok(Ok(stream)) => {
                 return Ok(Pooled {
-                    stream,
+                    stream: stream.into(),
                     requests: 0,
                     since: Instant::now(),
                     _open: open,
@@ -403,17 +402,17 @@ impl EndpointLane {
     }
 
     fn sweep(&self, now: Instant, idle_timeout: Option<Duration>, timed_out: &dyn Fn()) {
-        let keep = |pooled: &Pooled| {
+        let keep = |pooled: &mut Pooled| {
             if idle_timeout.is_some_and(|most| now.duration_since(pooled.since) >= most) {
                 timed_out();
                 return false;
             }
-            matches!(pooled.stream.try_read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+            pooled.stream.is_silent()
         };
-        self.idle.borrow_mut().retain(keep);
+        self.idle.borrow_mut().retain_mut(keep);
         let mut pools = self.by_source.borrow_mut();
         pools.retain(|_, idle| {
-            idle.retain(keep);
+            idle.retain_mut(keep);
             !idle.is_empty()
         });
         self.idle_by_source.set(pools.values().map(Vec::len).sum());

@@ -92,6 +92,8 @@ pub struct Worker {
     /// In a stack namespace: the counters of each ingress port.
     ingress: Option<RefCell<HashMap<IngressPort, Arc<Scope>>>>,
     registry: Arc<Registry>,
+    /// What is known of every plain connection.
+    plain: Arc<crate::tls::Connection>,
 }
 
 /// A configuration as one worker sees it.
@@ -140,7 +142,7 @@ impl Place {
 }
 
 /// The two ends of a client connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Peer {
     /// The client.
     pub remote: SocketAddr,
@@ -151,6 +153,8 @@ pub struct Peer {
     /// The dataplane's port that the connection came in by, for a transparent listener in a stack namespace. The only
     /// thing here that says which pod the client is without being asked to believe an address.
     pub ingress: Option<IngressPort>,
+    /// Who the client is by its certificate, and whom this connection speaks for.
+    pub connection: Arc<crate::tls::Connection>,
 }
 
 #[derive(Debug, Default)]
@@ -201,6 +205,7 @@ impl Worker {
             connections: Cell::new(0),
             ingress: start.stack_netns.as_ref().map(|_| RefCell::default()),
             registry: Arc::clone(&start.registry),
+            plain: Arc::default(),
         })
     }
 
@@ -508,15 +513,16 @@ async fn connection(
         local,
         source,
         ingress,
+        connection: Arc::clone(&worker.plain),
     };
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
     match terminal {
         Terminal::Http(manager) => {
             let place = Place { listener, chain };
-            serve::serve(worker, program, entry, stream, peer, place, manager).await;
+            serve::serve(worker, program, entry, stream.into(), peer, place, manager).await;
         }
-        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, proxy).await,
+        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream.into(), peer, proxy).await,
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);

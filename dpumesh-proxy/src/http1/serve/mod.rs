@@ -26,7 +26,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use self::local::Reply;
@@ -34,6 +33,7 @@ use self::read::Next;
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::HttpManager;
 use crate::stats::Http as Stat;
+use crate::tls::Stream;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
 
 /// Serves a connection to its end; `program` is the one its listener comes from.
@@ -41,7 +41,7 @@ pub async fn serve(
     worker: Rc<Worker>,
     program: Rc<Program>,
     entry: Entry,
-    stream: TcpStream,
+    stream: Stream,
     peer: Peer,
     place: Place,
     manager: Arc<HttpManager>,
@@ -69,7 +69,7 @@ pub async fn serve(
 struct Session {
     worker: Rc<Worker>,
     entry: Entry,
-    stream: TcpStream,
+    stream: Stream,
     peer: Peer,
     place: Place,
     manager: Arc<HttpManager>,

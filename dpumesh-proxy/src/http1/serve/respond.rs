@@ -100,7 +100,7 @@ impl Session {
                     if delivery.is_until_close() {
                         // Only a RST tells the client that this is not the end of the body.
                         // A connection that is gone already needs none.
-                        let _ = self.stream.set_zero_linger();
+                        self.stream.reset_on_close();
                     }
                 }
             }

@@ -1,0 +1,56 @@
+//! TLS of the mesh: who is at the other end of a connection, and whom this end speaks for.
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`stream`] | one type for plain and TLS connections; a plain one costs nothing more than its socket |
+//!
+//! Identities are SPIFFE: a URI subject alternative name of the certificate. Host names are not looked at unless the configuration asks.
+
+pub mod stream;
+
+use std::sync::Arc;
+
+pub use stream::Stream;
+
+/// What a verified certificate says of the peer. Exists only after the handshake proved it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PeerIdentity {
+    /// URI subject alternative names, in the certificate's order; `spiffe://…` in a mesh.
+    pub uri_sans: Vec<String>,
+    /// DNS subject alternative names.
+    pub dns_sans: Vec<String>,
+    /// The subject's distinguished name (RFC 2253); empty in a mesh.
+    pub subject: String,
+    /// SHA-256 of the certificate's DER: `Hash` of `x-forwarded-client-cert`.
+    pub sha256: [u8; 32],
+    /// The certificate, DER.
+    pub certificate: Vec<u8>,
+}
+
+/// Whom this end speaks for: the certificate it showed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LocalIdentity {
+    /// URI subject alternative names of our certificate: `By` of `x-forwarded-client-cert`.
+    pub uri_sans: Vec<String>,
+    /// DNS subject alternative names.
+    pub dns_sans: Vec<String>,
+    /// The subject's distinguished name (RFC 2253).
+    pub subject: String,
+}
+
+/// What is known of a client connection beyond its addresses. The default is that of plain TCP.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Connection {
+    /// Whether TLS was terminated here.
+    pub tls: bool,
+    /// The verified peer; `None` on a plain connection and where the peer showed no certificate.
+    pub peer: Option<Arc<PeerIdentity>>,
+    /// Whom we answered as; `None` on a plain connection.
+    pub local: Option<Arc<LocalIdentity>>,
+    /// The server name the client asked for (SNI), of TLS terminated here or passed through.
+    pub server_name: Option<Arc<str>>,
+    /// The application protocol agreed on (ALPN).
+    pub alpn: Option<Arc<str>>,
+    /// Name of the certificate that upstream TLS shows: the SPIFFE id of the pod that sends (set by the chain's `set_filter_state`).
+    pub certificate: Option<Arc<str>>,
+}
