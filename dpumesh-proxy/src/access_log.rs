@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -48,7 +48,13 @@ enum Part {
     UpstreamHost,
     UpstreamCluster,
     RouteName,
+    Details,
+    Termination,
+    TransportFailure,
+    UpstreamLocal,
+    ServerName,
     Remote { port: bool },
+    DirectRemote { port: bool },
     Local { port: bool },
     Ingress,
 }
@@ -101,6 +107,29 @@ pub struct Record<'a> {
     pub local: SocketAddr,
     /// The dataplane's port it came in by.
     pub ingress: Option<IngressPort>,
+    /// What only some formats ask for.
+    pub extra: Extra<'a>,
+}
+
+/// What only some formats ask for. The default knows nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extra<'a> {
+    /// Why the response is as it is, in Envoy's words (`via_upstream`, `route_not_found`, …).
+    pub details: Option<&'a str>,
+    /// Why the connection was ended.
+    pub termination: Option<&'a str>,
+    /// Why the connection to the endpoint failed.
+    pub transport_failure: Option<&'a str>,
+    /// Our end of the connection to the endpoint.
+    pub upstream_local: Option<SocketAddr>,
+    /// The name asked for in the TLS handshake.
+    pub server_name: Option<&'a str>,
+    /// Where the request says it comes from.
+    pub request_remote: Option<IpAddr>,
+    /// A fault held the request up: flag `DI`.
+    pub delayed: bool,
+    /// A retry was due, but there was none left: flag `URX`.
+    pub exhausted: bool,
 }
 
 impl AccessLog {
@@ -163,12 +192,18 @@ fn operator(text: &str) -> Result<Part, String> {
         "BYTES_SENT" => Part::BytesSent,
         "DURATION" => Part::Duration,
         "UPSTREAM_HOST" => Part::UpstreamHost,
-        "UPSTREAM_CLUSTER" => Part::UpstreamCluster,
+        // No cluster here has another name for statistics alone that would show in a log.
+        "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Part::UpstreamCluster,
         "ROUTE_NAME" => Part::RouteName,
-        "DOWNSTREAM_REMOTE_ADDRESS" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS" => Part::Remote { port: true },
-        "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT" => {
-            Part::Remote { port: false }
-        }
+        "RESPONSE_CODE_DETAILS" => Part::Details,
+        "CONNECTION_TERMINATION_DETAILS" => Part::Termination,
+        "UPSTREAM_TRANSPORT_FAILURE_REASON" => Part::TransportFailure,
+        "UPSTREAM_LOCAL_ADDRESS" => Part::UpstreamLocal,
+        "REQUESTED_SERVER_NAME" => Part::ServerName,
+        "DOWNSTREAM_REMOTE_ADDRESS" => Part::Remote { port: true },
+        "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" => Part::Remote { port: false },
+        "DOWNSTREAM_DIRECT_REMOTE_ADDRESS" => Part::DirectRemote { port: true },
+        "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT" => Part::DirectRemote { port: false },
         "DOWNSTREAM_LOCAL_ADDRESS" => Part::Local { port: true },
         "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Part::Local { port: false },
         // Envoy's way to name what others put beside a connection; Envoy itself prints `-` for this key.
@@ -214,7 +249,7 @@ impl Part {
             Self::Response(header) => header.render(record.response, out),
             Self::Protocol => or_dash(record.protocol, out),
             Self::ResponseCode => number(u64::from(record.status), out),
-            Self::ResponseFlags => or_dash(Some(record.flags).filter(|f| !f.is_empty()), out),
+            Self::ResponseFlags => flags(record, out),
             Self::BytesReceived => number(record.received, out),
             Self::BytesSent => number(record.sent, out),
             Self::Duration => number(
@@ -229,7 +264,20 @@ impl Part {
             },
             Self::UpstreamCluster => or_dash(record.cluster, out),
             Self::RouteName => or_dash(record.route.filter(|r| !r.is_empty()), out),
-            Self::Remote { port } => address(record.remote, *port, out),
+            Self::Details => or_dash(record.extra.details, out),
+            Self::Termination => or_dash(record.extra.termination, out),
+            Self::TransportFailure => or_dash(record.extra.transport_failure, out),
+            Self::UpstreamLocal => match record.extra.upstream_local {
+                Some(local) => address(local, true, out),
+                None => out.push(b'-'),
+            },
+            Self::ServerName => or_dash(record.extra.server_name.filter(|n| !n.is_empty()), out),
+            Self::Remote { port } => {
+                // As in Envoy an address taken from a request has port 0.
+                let said = record.extra.request_remote.map(|ip| SocketAddr::new(ip, 0));
+                address(said.unwrap_or(record.remote), *port, out);
+            }
+            Self::DirectRemote { port } => address(record.remote, *port, out),
             Self::Local { port } => address(record.local, *port, out),
             Self::Ingress => match record.ingress {
                 Some(port) => number(u64::from(port.get()), out),
@@ -249,6 +297,31 @@ impl HeaderPart {
             Some(value) => out.extend_from_slice(&value[..value.len().min(self.max)]),
             None => out.push(b'-'),
         }
+    }
+}
+
+/// Flags, in Envoy's order where there are several.
+fn flags(record: &Record<'_>, out: &mut Vec<u8>) {
+    let begin = out.len();
+    let first = matches!(record.flags, "SI" | "DPE" | "UPE");
+    let own = (!first).then_some(record.flags);
+    let (before, own) = match own {
+        // `DI` stands before `FI` and behind what went wrong with an endpoint.
+        Some("FI") => (None, Some("FI")),
+        own => (own, None),
+    };
+    let late = first.then_some(record.flags);
+    let delayed = record.extra.delayed.then_some("DI");
+    let exhausted = record.extra.exhausted.then_some("URX");
+    let all = [before, delayed, own, exhausted, late];
+    for flag in all.into_iter().flatten().filter(|f| !f.is_empty()) {
+        if out.len() > begin {
+            out.push(b',');
+        }
+        out.extend_from_slice(flag.as_bytes());
+    }
+    if out.len() == begin {
+        out.push(b'-');
     }
 }
 
@@ -539,6 +612,7 @@ mod tests {
             remote: "10.0.0.1:5".parse().unwrap(),
             local: "[::1]:80".parse().unwrap(),
             ingress: IngressPort::new(3),
+            extra: Extra::default(),
         };
         let mut out = Vec::new();
         for part in compile(format.unwrap_or(DEFAULT_FORMAT)).unwrap() {

@@ -18,6 +18,7 @@ pub mod dataplane;
 pub mod entry;
 pub mod http1;
 pub mod program;
+pub mod rbac;
 pub mod route;
 pub mod stats;
 mod tcp;

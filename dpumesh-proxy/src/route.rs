@@ -5,11 +5,16 @@
 //! the path without its query; header values of a repeated header are joined by commas.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use regex::bytes::Regex;
 
 use crate::config::model::{ClusterRef, Weighted};
+
+pub mod cors;
+pub mod fault;
+pub mod retry;
 
 /// A compiled `RouteConfiguration`.
 #[derive(Debug, Default)]
@@ -41,6 +46,10 @@ pub struct VirtualHost {
     pub headers: HeaderChanges,
     /// Routes, first match wins.
     pub routes: Vec<Route>,
+    /// Endpoints are told how many attempts this one is (`x-envoy-attempt-count`).
+    pub attempt_count_in_request: bool,
+    /// Clients are told how many attempts there were.
+    pub attempt_count_in_response: bool,
 }
 
 /// A route.
@@ -54,6 +63,10 @@ pub struct Route {
     pub action: Action,
     /// Headers changed on its requests and responses.
     pub headers: HeaderChanges,
+    /// Replaces the fault filter's own configuration.
+    pub fault: Option<Arc<fault::Fault>>,
+    /// What the CORS filter does.
+    pub cors: Option<Arc<cors::Cors>>,
 }
 
 /// `RouteMatch`.
@@ -111,8 +124,15 @@ pub enum ValueMatch {
     Present(bool),
     /// A decimal number in `start..end`.
     Range(i64, i64),
-    /// A text rule; the flag ignores ASCII case.
-    Text(TextMatch, bool),
+    /// A text rule.
+    Text(Text),
+}
+
+/// A rule on text, with or without regard to letter case.
+#[derive(Debug)]
+pub struct Text {
+    rule: TextMatch,
+    ignore_case: bool,
 }
 
 /// A rule on text.
@@ -157,10 +177,21 @@ pub struct Forward {
     pub timeout: Option<Duration>,
     /// Replaces the connection manager's stream idle timeout: `Some(None)` switches it off.
     pub idle_timeout: Option<Option<Duration>>,
-    /// Replaces the matched prefix (or path).
-    pub prefix_rewrite: Option<Vec<u8>>,
+    /// Replaces the path or a part of it.
+    pub path_rewrite: Option<PathRewrite>,
     /// Replaces the host.
     pub host_rewrite: Option<Vec<u8>>,
+    /// When the request is sent once more.
+    pub retry: Option<Arc<retry::RetryPolicy>>,
+}
+
+/// What a route replaces of the path.
+#[derive(Debug)]
+pub enum PathRewrite {
+    /// The matched prefix (or path).
+    Prefix(Vec<u8>),
+    /// Every match of an expression in the path without its query, by a replacement in the `regex` crate's form.
+    Regex(Regex, Vec<u8>),
 }
 
 /// How the cluster is found.
@@ -257,6 +288,10 @@ pub trait RequestView {
     fn path(&self) -> &[u8];
     /// The method.
     fn method(&self) -> &[u8];
+    /// `http` or `https`.
+    fn scheme(&self) -> &[u8] {
+        b"http"
+    }
     /// The values of a header by its lower-case name, in order.
     fn each_header<'a>(&'a self, name: &[u8], see: &mut dyn FnMut(&'a [u8]));
 }
@@ -357,12 +392,13 @@ impl PathMatch {
 }
 
 impl HeaderMatch {
-    fn holds(&self, request: &impl RequestView) -> bool {
+    /// Whether the rule holds for a request.
+    pub fn holds(&self, request: &impl RequestView) -> bool {
         let pseudo = match self.name.as_slice() {
             b":method" => Some(request.method()),
             b":path" => Some(request.path()),
             b":authority" | b"host" => Some(request.host()),
-            b":scheme" => Some(b"http".as_slice()),
+            b":scheme" => Some(request.scheme()),
             _ => None,
         };
         let (mut first, mut count) = (pseudo, usize::from(pseudo.is_some()));
@@ -421,8 +457,32 @@ impl ValueMatch {
                     .and_then(|v| v.parse::<i64>().ok());
                 number.is_some_and(|n| n >= *start && n < *end)
             }
-            Self::Text(rule, false) => rule.holds(value),
-            Self::Text(rule, true) => rule.holds(&value.to_ascii_lowercase()),
+            Self::Text(text) => text.holds(value),
+        }
+    }
+}
+
+impl Text {
+    /// A rule; `ignore_case` has no effect on an expression, which says for itself.
+    pub fn new(rule: TextMatch, ignore_case: bool) -> Self {
+        Self { rule, ignore_case }
+    }
+
+    /// Whether it holds for `value`.
+    pub fn holds(&self, value: &[u8]) -> bool {
+        if !self.ignore_case {
+            return self.rule.holds(value);
+        }
+        let at = |from: usize, text: &[u8]| {
+            let part = value.get(from..from + text.len());
+            part.is_some_and(|part| part.eq_ignore_ascii_case(text))
+        };
+        match &self.rule {
+            TextMatch::Exact(text) => value.eq_ignore_ascii_case(text),
+            TextMatch::Prefix(text) => at(0, text),
+            TextMatch::Suffix(text) => value.len() >= text.len() && at(value.len() - text.len(), text),
+            TextMatch::Contains(text) => (0..=value.len()).any(|from| at(from, text)),
+            TextMatch::Regex(regex) => regex.is_match(value),
         }
     }
 }
@@ -479,11 +539,15 @@ mod tests {
             matcher,
             action,
             headers: HeaderChanges::default(),
+            fault: None,
+            cors: None,
         };
         VirtualHost {
             name: name.to_owned(),
             headers: HeaderChanges::default(),
             routes: vec![route],
+            attempt_count_in_request: false,
+            attempt_count_in_response: false,
         }
     }
 
@@ -554,7 +618,7 @@ mod tests {
 
     #[test]
     fn headers_match_as_in_envoy() {
-        let exact = |v: &str| ValueMatch::Text(TextMatch::Exact(v.into()), false);
+        let exact = |v: &str| ValueMatch::Text(Text::new(TextMatch::Exact(v.into()), false));
         let request = |values: &[&'static str]| Request("h", "/", values.iter().map(|v| ("x", *v)).collect());
         for (rule, values, wanted) in [
             (header(exact("a"), false, false), vec!["a"], true),
@@ -570,7 +634,7 @@ mod tests {
             (header(ValueMatch::Range(-5, 5), false, false), vec!["x"], false),
             (
                 header(
-                    ValueMatch::Text(TextMatch::Suffix(b"z".to_vec()), true),
+                    ValueMatch::Text(Text::new(TextMatch::Suffix(b"z".to_vec()), true)),
                     false,
                     false,
                 ),
@@ -579,7 +643,7 @@ mod tests {
             ),
             (
                 header(
-                    ValueMatch::Text(TextMatch::Contains(b"mid".to_vec()), false),
+                    ValueMatch::Text(Text::new(TextMatch::Contains(b"MID".to_vec()), true)),
                     false,
                     false,
                 ),

@@ -89,6 +89,37 @@ members! {
 }
 
 members! {
+    /// `http.PREFIX.rbac.*`, `PREFIX.rbac.*`: the access rules of one connection manager or of TCP chains.
+    Rbac {
+        Allowed = "allowed" Counter,
+        Denied = "denied" Counter,
+        ShadowAllowed = "shadow_allowed" Counter,
+        ShadowDenied = "shadow_denied" Counter,
+        DryRunAllowAllowed = "istio_dry_run_allow_shadow_allowed" Counter,
+        DryRunAllowDenied = "istio_dry_run_allow_shadow_denied" Counter,
+        DryRunDenyAllowed = "istio_dry_run_deny_shadow_allowed" Counter,
+        DryRunDenyDenied = "istio_dry_run_deny_shadow_denied" Counter,
+    }
+}
+
+members! {
+    /// `http.PREFIX.fault.*`: faults injected by one connection manager.
+    Fault {
+        DelaysInjected = "delays_injected" Counter,
+        AbortsInjected = "aborts_injected" Counter,
+        ActiveFaults = "active_faults" Gauge,
+    }
+}
+
+members! {
+    /// `http.PREFIX.cors.*`: cross-origin requests of one connection manager.
+    Cors {
+        OriginValid = "origin_valid" Counter,
+        OriginInvalid = "origin_invalid" Counter,
+    }
+}
+
+members! {
     /// `cluster.NAME.*`: one cluster.
     Cluster {
         CxTotal = "upstream_cx_total" Counter,
@@ -113,6 +144,8 @@ members! {
         RqTimeout = "upstream_rq_timeout" Counter,
         RqRetry = "upstream_rq_retry" Counter,
         RqRetrySuccess = "upstream_rq_retry_success" Counter,
+        RqRetryLimitExceeded = "upstream_rq_retry_limit_exceeded" Counter,
+        RqPerTryTimeout = "upstream_rq_per_try_timeout" Counter,
         RqRxReset = "upstream_rq_rx_reset" Counter,
         RqTxReset = "upstream_rq_tx_reset" Counter,
         RqCancelled = "upstream_rq_cancelled" Counter,
@@ -411,6 +444,12 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
             ]
             .join(",");
             return class("envoy_http_rds", labels);
+        }
+        for filter in ["rbac", "fault", "cors"] {
+            if let Some(prefix) = rest.strip_suffix(filter).and_then(|p| p.strip_suffix('.')) {
+                let labels = label("envoy_http_conn_manager_prefix", prefix);
+                return class(&format!("envoy_http_{filter}"), labels);
+            }
         }
         return class("envoy_http", label("envoy_http_conn_manager_prefix", rest));
     }

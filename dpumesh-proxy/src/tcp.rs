@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 
-use crate::access_log::Record;
+use crate::access_log::{Extra, Record};
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::TcpProxy;
 use crate::http1::buffer::Buffer;
@@ -109,6 +109,7 @@ pub(crate) async fn relay(
         remote: peer.remote,
         local: peer.local,
         ingress: peer.ingress,
+        extra: Extra::default(),
     };
     let mut lines = worker.lines.borrow_mut();
     proxy

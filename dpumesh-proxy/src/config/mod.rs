@@ -7,7 +7,11 @@
 //! not at all.
 
 pub mod files;
+mod http_filters;
 pub mod model;
+mod rbac;
+mod re2;
+mod route_policy;
 pub mod support;
 mod text;
 mod translate;

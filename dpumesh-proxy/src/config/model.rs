@@ -12,6 +12,7 @@ use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
 
 use crate::access_log::AccessLog;
+use crate::http1::policy::HttpPolicy;
 use crate::route::RouteTable;
 use crate::stats::Scope;
 
@@ -230,8 +231,8 @@ pub struct HttpManager {
     pub accept_http_10: bool,
     /// The host of HTTP/1.0 requests that name none.
     pub default_host_http_10: Option<String>,
-    /// No `x-envoy-*` headers are added to requests or responses.
-    pub suppress_envoy_headers: bool,
+    /// What it does to requests besides routing them.
+    pub policy: HttpPolicy,
     /// Logs.
     pub access_log: Vec<Arc<AccessLog>>,
     /// `http.PREFIX.*`

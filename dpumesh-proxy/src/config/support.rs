@@ -139,7 +139,162 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "normalize_path",
             "merge_slashes",
             "strip_any_host_port",
+            "path_with_escaped_slashes_action",
+            "forward_client_cert_details",
+            "set_current_client_cert_details",
+            "tracing",
+            "request_id_extension",
         ],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
+        &["subject", "dns", "uri"],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        &[],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension",
+        &["typed_config"],
+    ),
+    (
+        "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+        &[],
+    ),
+    (
+        "envoy.extensions.filters.http.rbac.v3.RBAC",
+        &["rules", "shadow_rules", "shadow_rules_stat_prefix"],
+    ),
+    (
+        "envoy.extensions.filters.network.rbac.v3.RBAC",
+        &[
+            "rules",
+            "shadow_rules",
+            "shadow_rules_stat_prefix",
+            "stat_prefix",
+            "enforcement_type",
+        ],
+    ),
+    ("envoy.config.rbac.v3.RBAC", &["action", "policies"]),
+    ("envoy.config.rbac.v3.Policy", &["permissions", "principals"]),
+    (
+        "envoy.config.rbac.v3.Permission",
+        &[
+            "and_rules",
+            "or_rules",
+            "not_rule",
+            "any",
+            "header",
+            "url_path",
+            "uri_template",
+            "destination_ip",
+            "destination_port",
+            "destination_port_range",
+            "requested_server_name",
+        ],
+    ),
+    ("envoy.config.rbac.v3.Permission.Set", &["rules"]),
+    (
+        "envoy.config.rbac.v3.Principal",
+        &[
+            "and_ids",
+            "or_ids",
+            "not_id",
+            "any",
+            "authenticated",
+            "source_ip",
+            "direct_remote_ip",
+            "remote_ip",
+            "header",
+            "url_path",
+        ],
+    ),
+    ("envoy.config.rbac.v3.Principal.Set", &["ids"]),
+    (
+        "envoy.config.rbac.v3.Principal.Authenticated",
+        &["principal_name"],
+    ),
+    ("envoy.type.matcher.v3.PathMatcher", &["path"]),
+    ("envoy.type.v3.Int32Range", &["start", "end"]),
+    (
+        "envoy.config.core.v3.TypedExtensionConfig",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.extensions.path.match.uri_template.v3.UriTemplateMatchConfig",
+        &["path_template"],
+    ),
+    (
+        "envoy.extensions.filters.http.fault.v3.HTTPFault",
+        &["delay", "abort", "headers"],
+    ),
+    (
+        "envoy.extensions.filters.http.fault.v3.FaultAbort",
+        &["http_status", "grpc_status", "percentage"],
+    ),
+    (
+        "envoy.extensions.filters.common.fault.v3.FaultDelay",
+        &["fixed_delay", "percentage"],
+    ),
+    (
+        "envoy.type.v3.FractionalPercent",
+        &["numerator", "denominator"],
+    ),
+    ("envoy.extensions.filters.http.cors.v3.Cors", &[]),
+    (
+        "envoy.extensions.filters.http.cors.v3.CorsPolicy",
+        &[
+            "allow_origin_string_match",
+            "allow_methods",
+            "allow_headers",
+            "expose_headers",
+            "max_age",
+            "allow_credentials",
+            "filter_enabled",
+            "forward_not_matching_preflights",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.RuntimeFractionalPercent",
+        &["default_value"],
+    ),
+    ("envoy.extensions.filters.http.grpc_stats.v3.FilterConfig", &[]),
+    (
+        "envoy.extensions.filters.http.set_filter_state.v3.Config",
+        &["on_request_headers"],
+    ),
+    (
+        "envoy.config.route.v3.RetryPolicy",
+        &[
+            "retry_on",
+            "num_retries",
+            "per_try_timeout",
+            "retry_host_predicate",
+            "host_selection_retry_max_attempts",
+            "retriable_status_codes",
+            "retry_back_off",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RetryPolicy.RetryBackOff",
+        &["base_interval", "max_interval"],
+    ),
+    (
+        "envoy.config.route.v3.RetryPolicy.RetryHostPredicate",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+        &[],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.MaxStreamDuration",
+        &["max_stream_duration"],
+    ),
+    (
+        "envoy.type.matcher.v3.RegexMatchAndSubstitute",
+        &["pattern", "substitution"],
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.Rds",
@@ -186,6 +341,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "validate_clusters",
             "ignore_port_in_host_matching",
             "max_direct_response_body_size_bytes",
+            "typed_per_filter_config",
         ],
     ),
     (
@@ -194,6 +350,10 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "name",
             "domains",
             "routes",
+            "typed_per_filter_config",
+            "retry_policy",
+            "include_request_attempt_count",
+            "include_attempt_count_in_response",
             "request_headers_to_add",
             "request_headers_to_remove",
             "response_headers_to_add",
@@ -208,6 +368,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "route",
             "redirect",
             "direct_response",
+            "typed_per_filter_config",
             "request_headers_to_add",
             "request_headers_to_remove",
             "response_headers_to_add",
@@ -270,6 +431,9 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "host_rewrite_literal",
             "timeout",
             "idle_timeout",
+            "regex_rewrite",
+            "retry_policy",
+            "max_stream_duration",
         ],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
@@ -440,6 +604,81 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "names a trace span; tracing itself is refused",
     ),
     (
+        "envoy.config.route.v3.RouteAction",
+        "max_grpc_timeout",
+        "gRPC needs HTTP/2, which is not spoken here",
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.MaxStreamDuration",
+        "grpc_timeout_header_max",
+        "gRPC needs HTTP/2, which is not spoken here",
+    ),
+    (
+        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+        "emit_filter_state",
+        "gRPC needs HTTP/2, which is not spoken here",
+    ),
+    (
+        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+        "stats_for_all_methods",
+        "gRPC needs HTTP/2, which is not spoken here",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeFractionalPercent",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "proxy_100_continue",
+        "the proxy itself says 100 Continue, then sends the body",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "upgrade_configs",
+        "a request for an upgrade is answered with 403",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "client_sampling",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "random_sampling",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "overall_sampling",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "custom_tags",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "max_path_tag_length",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
+        "verbose",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+        "use_request_id_for_trace_sampling",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+        "pack_trace_reason",
+        "nothing is traced: a provider is refused",
+    ),
+    (
         "envoy.config.cluster.v3.Cluster",
         "metadata",
         "no filter reads it",
@@ -573,6 +812,16 @@ fn title(full_name: &str) -> String {
 mod tests {
     use super::*;
     use crate::config::schema;
+
+    #[test]
+    fn no_message_is_listed_twice() {
+        for (index, (name, _)) in IMPLEMENTED.iter().enumerate() {
+            assert!(
+                !IMPLEMENTED[..index].iter().any(|(n, _)| n == name),
+                "{name} is listed twice"
+            );
+        }
+    }
 
     #[test]
     fn every_listed_field_exists() {

@@ -12,6 +12,7 @@ use prost::Message as _;
 use dpumesh_hw::stream::kernel::SocketOptions;
 
 use super::ConfigError;
+use super::http_filters;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
     ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
@@ -223,17 +224,7 @@ impl Context<'_> {
             "AUTO" | "HTTP1" => {}
             other => return Err(at.refuse("codec_type", format!("{other} is not supported yet"))),
         }
-        for field in [
-            "use_remote_address",
-            "normalize_path",
-            "merge_slashes",
-            "strip_any_host_port",
-        ] {
-            if at.flag(field) == Some(true) {
-                return Err(at.refuse(field, "true is not supported yet"));
-            }
-        }
-        let router = only_router(at)?;
+        let policy = http_filters::policy(at, &prefix, self.registry)?;
         let common = at.message("common_http_protocol_options");
         let common = common.unwrap_or_else(|| At::new(empty("envoy.config.core.v3.HttpProtocolOptions"), ""));
         let http1 = at.message("http_protocol_options");
@@ -274,7 +265,7 @@ impl Context<'_> {
             request_id_in_response: at.flag("always_set_request_id_in_response").unwrap_or(false),
             accept_http_10: http1.flag("accept_http_10").unwrap_or(false),
             default_host_http_10: Some(http1.text("default_host_for_http_10")).filter(|h| !h.is_empty()),
-            suppress_envoy_headers: router.flag("suppress_envoy_headers").unwrap_or(false),
+            policy,
             access_log: self.access_logs(at)?,
             stats: self.registry.scope(&format!("http.{prefix}"), stats::Http::TABLE),
         }))
@@ -496,35 +487,6 @@ fn cidr(at: &At) -> Result<ipnet::IpNet> {
     let length = u8::try_from(at.number_or("prefix_len", 0)).unwrap_or(u8::MAX);
     let net = ipnet::IpNet::new(ip, length).map_err(|e| at.refuse("prefix_len", e.to_string()))?;
     Ok(net.trunc())
-}
-
-/// The router must be the one HTTP filter.
-fn only_router(at: &At) -> Result<At> {
-    let mut router = None;
-    for filter in at.messages("http_filters") {
-        let config = filter.any("typed_config")?;
-        match config {
-            Some(c)
-                if c.type_name() == "envoy.extensions.filters.http.router.v3.Router" && router.is_none() =>
-            {
-                router = Some(c);
-            }
-            Some(c) if c.type_name() == "envoy.extensions.filters.http.router.v3.Router" => {
-                return Err(filter.refuse(
-                    "",
-                    "the router is a terminal filter, which must be the last of its chain",
-                ));
-            }
-            Some(c) => {
-                return Err(c.refuse(
-                    "",
-                    format!("{} is not an HTTP filter this proxy has", c.type_name()),
-                ));
-            }
-            None => return Err(filter.refuse("typed_config", "must be given")),
-        }
-    }
-    router.ok_or_else(|| at.refuse("http_filters", "the router filter must be given"))
 }
 
 fn cluster_http_options(at: &At) -> Result<Option<At>> {

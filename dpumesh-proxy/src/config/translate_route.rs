@@ -6,10 +6,12 @@ use regex::bytes::Regex;
 
 use super::ConfigError;
 use super::model::{Weighted, cluster_ref};
+use super::re2;
+use super::route_policy::{self, PerFilter, per_filter};
 use super::schema::At;
 use crate::route::{
-    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, QueryMatch, Redirect,
-    RedirectPath, Route, RouteMatch, RouteTable, Target, TextMatch, ValueMatch, VirtualHost,
+    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, PathRewrite, QueryMatch,
+    Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch, VirtualHost,
 };
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -25,18 +27,29 @@ pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<Rout
         headers: header_changes(at)?,
         ..RouteTable::default()
     };
+    let of_all = per_filter(at, &PerFilter::default())?;
     for host in at.messages("virtual_hosts") {
         let index = table.hosts.len();
         domains(&mut table, &host, index)?;
+        let of_host = per_filter(&host, &of_all)?;
+        let retry = host.message("retry_policy");
+        let retry = retry.map(|r| route_policy::retry(&r)).transpose()?.flatten();
         let routes = host.messages("routes");
-        let routes = routes
-            .iter()
-            .map(|r| route(r, clusters, validate, limit))
-            .collect::<Result<_>>()?;
+        let routes = routes.iter().map(|at| {
+            let mut route = route(at, clusters, validate, limit, &of_host)?;
+            if let Action::Forward(forward) = &mut route.action {
+                let has_own = at.message("route").is_some_and(|r| r.has("retry_policy"));
+                forward.retry = forward.retry.take().or_else(|| retry.clone().filter(|_| !has_own));
+            }
+            Ok(route)
+        });
+        let routes = routes.collect::<Result<_>>()?;
         table.hosts.push(VirtualHost {
             name: host.text("name"),
             headers: header_changes(&host)?,
             routes,
+            attempt_count_in_request: host.flag("include_request_attempt_count").unwrap_or(false),
+            attempt_count_in_response: host.flag("include_attempt_count_in_response").unwrap_or(false),
         });
     }
     table.suffixes.sort_by_key(|(s, _)| std::cmp::Reverse(s.len()));
@@ -80,7 +93,13 @@ fn put(list: &mut Vec<(Vec<u8>, usize)>, part: &[u8], index: usize) -> bool {
     fresh
 }
 
-fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize) -> Result<Route> {
+fn route(
+    at: &At,
+    clusters: &Clusters,
+    validate: bool,
+    limit: usize,
+    of_host: &PerFilter,
+) -> Result<Route> {
     let Some(matcher) = at.message("match") else {
         return Err(at.refuse("match", "must be given"));
     };
@@ -93,11 +112,14 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize) -> Result<R
     } else {
         return Err(at.refuse("route", "route, redirect or direct_response must be given"));
     };
+    let filters = per_filter(at, of_host)?;
     Ok(Route {
         name: at.text("name"),
         matcher: route_match(&matcher)?,
         action,
         headers: header_changes(at)?,
+        fault: filters.fault,
+        cors: filters.cors,
     })
 }
 
@@ -142,13 +164,14 @@ fn route_match(at: &At) -> Result<RouteMatch> {
 /// A regular expression that has to match all of its input, as RE2's full match does.
 fn whole(at: &At) -> Result<Regex> {
     let pattern = at.required_text("regex")?;
-    Regex::new(&format!("^(?:{pattern})$")).map_err(|e| at.refuse("regex", e.to_string()))
+    re2::whole(&pattern).map_err(|e| at.refuse("regex", e))
 }
 
-fn header_match(at: &At) -> Result<HeaderMatch> {
+/// `HeaderMatcher`.
+pub(super) fn header_match(at: &At) -> Result<HeaderMatch> {
     let name = at.required_text("name")?.to_ascii_lowercase();
     let text = |field: &str, rule: fn(Vec<u8>) -> TextMatch| {
-        ValueMatch::Text(rule(at.text(field).into_bytes()), false)
+        ValueMatch::Text(Text::new(rule(at.text(field).into_bytes()), false))
     };
     let value = if at.has("exact_match") {
         text("exact_match", TextMatch::Exact)
@@ -159,11 +182,11 @@ fn header_match(at: &At) -> Result<HeaderMatch> {
     } else if at.has("contains_match") {
         text("contains_match", TextMatch::Contains)
     } else if let Some(regex) = at.message("safe_regex_match") {
-        ValueMatch::Text(TextMatch::Regex(whole(&regex)?), false)
+        ValueMatch::Text(Text::new(TextMatch::Regex(whole(&regex)?), false))
     } else if let Some(range) = at.message("range_match") {
         ValueMatch::Range(range.signed("start"), range.signed("end"))
     } else if let Some(string) = at.message("string_match") {
-        string_match(&string)?
+        ValueMatch::Text(string_match(&string)?)
     } else {
         ValueMatch::Present(at.flag("present_match").unwrap_or(true))
     };
@@ -178,23 +201,15 @@ fn header_match(at: &At) -> Result<HeaderMatch> {
 fn query_match(at: &At) -> Result<QueryMatch> {
     let name = at.required_text("name")?.into_bytes();
     let value = match at.message("string_match") {
-        Some(string) => string_match(&string)?,
+        Some(string) => ValueMatch::Text(string_match(&string)?),
         None => ValueMatch::Present(at.flag("present_match").unwrap_or(true)),
     };
     Ok(QueryMatch { name, value })
 }
 
-fn string_match(at: &At) -> Result<ValueMatch> {
-    let ignore_case = at.flag("ignore_case").unwrap_or(false);
-    let text = |field: &str| {
-        let text = at.text(field);
-        if ignore_case {
-            text.to_ascii_lowercase()
-        } else {
-            text
-        }
-        .into_bytes()
-    };
+/// `StringMatcher`.
+pub(super) fn string_match(at: &At) -> Result<Text> {
+    let text = |field: &str| at.text(field).into_bytes();
     let rule = if at.has("exact") {
         TextMatch::Exact(text("exact"))
     } else if at.has("prefix") {
@@ -204,11 +219,11 @@ fn string_match(at: &At) -> Result<ValueMatch> {
     } else if at.has("contains") {
         TextMatch::Contains(text("contains"))
     } else if let Some(regex) = at.message("safe_regex") {
-        return Ok(ValueMatch::Text(TextMatch::Regex(whole(&regex)?), false));
+        TextMatch::Regex(whole(&regex)?)
     } else {
         return Err(at.refuse("", "exact, prefix, suffix, contains or safe_regex must be given"));
     };
-    Ok(ValueMatch::Text(rule, ignore_case))
+    Ok(Text::new(rule, at.flag("ignore_case").unwrap_or(false)))
 }
 
 fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
@@ -244,6 +259,7 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
     } else {
         Target::Cluster(named(at, "cluster")?)
     };
+    check_stream_limits(at)?;
     let not_found_status = match at.choice("cluster_not_found_response_code").as_str() {
         "NOT_FOUND" => 404,
         "INTERNAL_SERVER_ERROR" => 500,
@@ -257,9 +273,45 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
         not_found_status,
         timeout: (!timeout.is_zero()).then_some(timeout),
         idle_timeout: at.duration("idle_timeout")?.map(|d| (!d.is_zero()).then_some(d)),
-        prefix_rewrite: path_part(at, "prefix_rewrite")?,
+        path_rewrite: path_rewrite(at)?,
         host_rewrite: checked_value(at, "host_rewrite_literal")?,
+        retry: match at.message("retry_policy") {
+            Some(retry) => route_policy::retry(&retry)?,
+            None => None,
+        },
     })
+}
+
+fn path_rewrite(at: &At) -> Result<Option<PathRewrite>> {
+    if let Some(prefix) = path_part(at, "prefix_rewrite")? {
+        return Ok(Some(PathRewrite::Prefix(prefix)));
+    }
+    let Some(rewrite) = at.message("regex_rewrite") else {
+        return Ok(None);
+    };
+    let Some(pattern) = rewrite.message("pattern") else {
+        return Err(rewrite.refuse("pattern", "must be given"));
+    };
+    let regex = re2::part(&pattern.required_text("regex")?).map_err(|e| pattern.refuse("regex", e))?;
+    let text = rewrite.text("substitution");
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(rewrite.refuse("substitution", "must be visible ASCII"));
+    }
+    let with = re2::replacement(&text, &regex).map_err(|e| rewrite.refuse("substitution", e))?;
+    Ok(Some(PathRewrite::Regex(regex, with)))
+}
+
+/// Limits of time that are set on streams as a whole or on gRPC calls.
+fn check_stream_limits(at: &At) -> Result<()> {
+    let Some(limits) = at.message("max_stream_duration") else {
+        return Ok(());
+    };
+    match limits.duration("max_stream_duration")? {
+        Some(limit) if !limit.is_zero() => {
+            Err(limits.refuse("max_stream_duration", "only 0s (no limit) is supported yet"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn redirect(at: &At) -> Result<Redirect> {

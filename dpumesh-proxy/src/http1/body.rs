@@ -67,6 +67,15 @@ pub struct Flow {
     /// Octets written to the other side.
     pub wire_out: u64,
     last_chunk_sent: bool,
+    /// What was taken from the source, for [`Self::replay`].
+    kept: Option<Kept>,
+}
+
+/// A body's beginning.
+#[derive(Debug)]
+struct Kept {
+    octets: Vec<u8>,
+    most: usize,
 }
 
 impl Flow {
@@ -86,6 +95,39 @@ impl Flow {
             wire_in: 0,
             wire_out: 0,
             last_chunk_sent: stage == Stage::Done,
+            kept: None,
+        }
+    }
+
+    /// Keeps the body as it is taken from the source, up to `most` octets; of a longer one nothing is kept.
+    pub fn keep(&mut self, most: usize) {
+        if self.stage != Stage::Done {
+            let octets = Vec::new();
+            self.kept = Some(Kept { octets, most });
+        }
+    }
+
+    /// Whether the message can be sent from its beginning once more.
+    pub fn is_replayable(&self) -> bool {
+        self.body == 0 || self.kept.is_some()
+    }
+
+    /// Begins to send anew: `pending` has the head and gets what was kept. Call only if [`Self::is_replayable`].
+    pub fn replay(&mut self, pending: &mut Vec<u8>) {
+        (self.written, self.wire_out) = (0, 0);
+        if let Some(kept) = self.kept.as_ref().filter(|k| !k.octets.is_empty()) {
+            self.put(&kept.octets, pending);
+        }
+        self.last_chunk_sent = self.out == Out::Plain;
+    }
+
+    fn note(&mut self, data: &[u8]) {
+        if let Some(kept) = &mut self.kept {
+            if kept.octets.len() + data.len() > kept.most {
+                self.kept = None;
+            } else {
+                kept.octets.extend_from_slice(data);
+            }
         }
     }
 
@@ -223,6 +265,7 @@ impl Flow {
         if n == 0 {
             return Poll::Ready(Err(FlowError::Write(io::ErrorKind::WriteZero.into())));
         }
+        self.note(&source.unread()[..n]);
         source.consume(n);
         self.wire_out += n as u64;
         self.took(n as u64);
@@ -265,6 +308,7 @@ impl Flow {
                         return Ok(());
                     }
                     self.put(&source.unread()[..n], pending);
+                    self.note(&source.unread()[..n]);
                     source.consume(n);
                     self.took(n as u64);
                 }

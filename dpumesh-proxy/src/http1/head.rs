@@ -98,9 +98,14 @@ pub enum FieldKind {
     ForwardedProto,
     /// `x-request-id`
     RequestId,
-    /// `x-envoy-*` that only Envoys among themselves set, or that this hop sets anew, and `x-forwarded-client-cert`.
-    /// Left out of requests.
+    /// `x-envoy-*` that only Envoys among themselves set, or that this hop sets anew. Left out of requests.
     EnvoyInternal,
+    /// `x-forwarded-client-cert`
+    ClientCert,
+    /// `x-forwarded-for`
+    ForwardedFor,
+    /// `x-envoy-attempt-count`
+    AttemptCount,
     /// `x-envoy-upstream-rq-timeout-ms`
     TimeoutMs,
     /// `x-envoy-upstream-service-time`
@@ -237,6 +242,8 @@ pub struct RequestHead {
     pub upgrade: bool,
     /// Whether `host` was there.
     pub has_host: bool,
+    /// The path with its query in its one form, where [`super::path`] had to change it.
+    pub normalized: Option<Vec<u8>>,
 }
 
 /// A response head.
@@ -255,6 +262,7 @@ impl RequestHead {
     /// Everything named at the top of this file.
     pub fn parse(&mut self, head: &mut [u8]) -> Result<(), Refusal> {
         self.fields.clear();
+        self.normalized = None;
         (self.method, self.path, self.authority) = Default::default();
         (self.absolute, self.expects_continue, self.upgrade, self.has_host) = (false, false, false, false);
         let mut slots = [const { MaybeUninit::uninit() }; MOST_FIELDS];
@@ -485,8 +493,8 @@ fn kind(name: &[u8]) -> FieldKind {
         16 if name == b"proxy-connection" => FieldKind::Hop,
         17 if name == b"transfer-encoding" => FieldKind::TransferEncoding,
         17 if name == b"x-forwarded-proto" => FieldKind::ForwardedProto,
-        // Without client certificates there is none to tell of: what a client claims stays behind (SANITIZE).
-        23 if name == b"x-forwarded-client-cert" => FieldKind::EnvoyInternal,
+        15 if name == b"x-forwarded-for" => FieldKind::ForwardedFor,
+        23 if name == b"x-forwarded-client-cert" => FieldKind::ClientCert,
         _ if name.starts_with(b"x-envoy-") => envoy_kind(&name[8..]),
         _ => FieldKind::Other,
     }
@@ -496,6 +504,7 @@ fn envoy_kind(rest: &[u8]) -> FieldKind {
     match rest {
         b"upstream-rq-timeout-ms" => FieldKind::TimeoutMs,
         b"upstream-service-time" => FieldKind::ServiceTime,
+        b"attempt-count" => FieldKind::AttemptCount,
         b"internal"
         | b"expected-rq-timeout-ms"
         | b"retry-on"

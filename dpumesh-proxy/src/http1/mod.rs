@@ -1,11 +1,15 @@
 //! HTTP/1.1 (RFC 9112), strictly: what can be read in two ways is refused, never repaired.
 //!
 //! [`head`] parses a message head in place, [`body`] moves a body from one connection to the other, [`reply`] is what the
-//! proxy says by itself, [`serve`] is the loop over one client connection.
+//! proxy says by itself, [`path`] brings paths into one form, [`policy`] is what is done to requests besides routing
+//! them, [`serve`] is the loop over one client connection.
 
 pub mod body;
 pub mod buffer;
+mod client_cert;
 pub mod head;
+pub mod path;
+pub mod policy;
 pub mod reply;
 mod rewrite;
 pub mod serve;

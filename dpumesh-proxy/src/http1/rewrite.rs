@@ -9,10 +9,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::body::Out;
+use super::client_cert;
 use super::head::{FieldKind, Framing, RequestHead};
 use super::reply;
 use crate::config::model::{HttpManager, ServerHeader, Underscores};
-use crate::route::{AddHeader, AddHow, Forward, HeaderChanges, Route};
+use crate::route::{AddHeader, AddHow, Forward, HeaderChanges, PathRewrite, Route};
+use crate::tls::Connection;
 use crate::worker::Buffers;
 
 /// What one request's forwarding changes.
@@ -32,6 +34,10 @@ pub(super) struct Rewrite<'a> {
     pub(super) made_id: bool,
     /// The `x-envoy-upstream-service-time` sent.
     pub(super) service_ms: Option<Digits>,
+    /// Which attempt this is, from 1.
+    pub(super) attempt: u32,
+    /// Whether the endpoint is told, and the client.
+    pub(super) tell_attempt: (bool, bool),
     asked_timeout: Option<Duration>,
     sent_at: Instant,
 }
@@ -66,6 +72,9 @@ impl Digits {
 /// The path of the request; `/` where an absolute target has none.
 pub(super) fn path(buffers: &Buffers) -> &[u8] {
     let request = &buffers.request;
+    if let Some(normalized) = &request.normalized {
+        return normalized;
+    }
     let path = request.path.of_head(buffers.request_in.head());
     if path.is_empty() && request.absolute && request.method.of_head(buffers.request_in.head()) != b"CONNECT"
     {
@@ -102,21 +111,31 @@ impl<'a> Rewrite<'a> {
             request_id: if made_id { uuid() } else { [0; 36] },
             made_id,
             service_ms: None,
+            attempt: 1,
+            tell_attempt: (false, false),
             asked_timeout,
             sent_at: Instant::now(),
         }
     }
 
     /// Notes what the route rewrites.
-    pub(super) fn plan(&mut self, forward: &'a Forward, route: &Route, request: &RequestHead, head: &[u8]) {
+    pub(super) fn plan(&mut self, forward: &'a Forward, route: &Route, buffers: &Buffers) {
         self.host = forward.host_rewrite.as_deref();
-        if let Some(prefix) = &forward.prefix_rewrite {
-            let path = request.path.of_head(head);
-            let path = if path.is_empty() { b"/".as_slice() } else { path };
-            let bare = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
-            let cut = route.matcher.path.matched_len(&path[..bare]).min(bare);
-            self.path = Some([prefix.as_slice(), &path[cut..]].concat());
-        }
+        let Some(rewrite) = &forward.path_rewrite else {
+            return;
+        };
+        let path = path(buffers);
+        let bare = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
+        let (bare, query) = path.split_at(bare);
+        self.path = Some(match rewrite {
+            PathRewrite::Prefix(prefix) => {
+                let cut = route.matcher.path.matched_len(bare).min(bare.len());
+                [prefix.as_slice(), &bare[cut..], query].concat()
+            }
+            PathRewrite::Regex(regex, with) => {
+                [regex.replace_all(bare, with.as_slice()).as_ref(), query].concat()
+            }
+        });
     }
 
     /// The request's time limit: what the request asks for, else the route's.
@@ -171,6 +190,11 @@ enum Step<'a> {
 }
 
 impl<'a> Changes<'a> {
+    /// Adds headers to the response, after all that the levels change.
+    pub(super) fn add_to_response(&mut self, headers: &'a [AddHeader]) {
+        self.response.steps.extend(headers.iter().map(Step::Add));
+    }
+
     pub(super) fn of(levels: &[Option<&'a HeaderChanges>]) -> Self {
         let mut changes = Self::default();
         for level in levels.iter().flatten().filter(|l| !l.is_empty()) {
@@ -239,6 +263,7 @@ impl<'a> Settled<'a> {
 pub(super) fn request_head(
     buffers: &mut Buffers,
     manager: &HttpManager,
+    connection: &Connection,
     rewrite: &mut Rewrite<'_>,
     changes: &Changes<'_>,
     time_limit: Option<Duration>,
@@ -266,7 +291,9 @@ pub(super) fn request_head(
             | FieldKind::Server
             | FieldKind::Date
             | FieldKind::ServiceTime
+            | FieldKind::ForwardedFor
             | FieldKind::ContentLength => true,
+            FieldKind::AttemptCount => !rewrite.tell_attempt.0,
             FieldKind::RequestId => !rewrite.made_id,
             FieldKind::ForwardedProto => {
                 let known = value.eq_ignore_ascii_case(b"http") || value.eq_ignore_ascii_case(b"https");
@@ -283,12 +310,19 @@ pub(super) fn request_head(
         }
     }
     if !forwarded_proto && !changes.drops(b"x-forwarded-proto") {
-        out.extend_from_slice(b"x-forwarded-proto: http\r\n");
+        let scheme: &[u8] = if connection.tls { b"https" } else { b"http" };
+        reply::header(b"x-forwarded-proto", scheme, &mut out);
+    }
+    if !changes.drops(b"x-forwarded-client-cert") {
+        client_cert::write(manager.policy.client_cert, connection, request, head, &mut out);
+    }
+    if rewrite.tell_attempt.0 && !changes.drops(b"x-envoy-attempt-count") {
+        reply::header_number(b"x-envoy-attempt-count", u64::from(rewrite.attempt), &mut out);
     }
     if rewrite.made_id && !changes.drops(b"x-request-id") {
         reply::header(b"x-request-id", &rewrite.request_id, &mut out);
     }
-    if !manager.suppress_envoy_headers {
+    if !manager.policy.suppress_envoy_headers {
         envoy_headers(buffers, rewrite, &changes, time_limit, asked_host, &mut out);
     }
     if request.fields.framing == Framing::Chunked {
@@ -341,7 +375,12 @@ pub(super) fn response_head(
     for field in &response.fields.fields {
         let (name, value) = (field.name.of_head(head), field.value.of_head(head));
         let passes = match field.kind {
-            FieldKind::Other | FieldKind::EnvoyInternal | FieldKind::TimeoutMs => true,
+            FieldKind::Other
+            | FieldKind::EnvoyInternal
+            | FieldKind::ClientCert
+            | FieldKind::ForwardedFor
+            | FieldKind::TimeoutMs => true,
+            FieldKind::AttemptCount => !rewrite.tell_attempt.1,
             FieldKind::RequestId => !manager.request_id_in_response,
             FieldKind::ContentLength => status != 204,
             FieldKind::Date => {
@@ -352,16 +391,19 @@ pub(super) fn response_head(
                 has_server = true;
                 manager.server_header != ServerHeader::Overwrite
             }
-            FieldKind::ServiceTime => manager.suppress_envoy_headers,
+            FieldKind::ServiceTime => manager.policy.suppress_envoy_headers,
             _ => false,
         };
         if passes && !changes.drops(name) {
             reply::header(name, value, &mut out);
         }
     }
-    let service_ms = rewrite.service_ms.filter(|_| !manager.suppress_envoy_headers);
+    let service_ms = rewrite.service_ms.filter(|_| !manager.policy.suppress_envoy_headers);
     if let Some(ms) = service_ms.filter(|_| !changes.drops(b"x-envoy-upstream-service-time")) {
         reply::header(b"x-envoy-upstream-service-time", &ms, &mut out);
+    }
+    if rewrite.tell_attempt.1 && !changes.drops(b"x-envoy-attempt-count") {
+        reply::header_number(b"x-envoy-attempt-count", u64::from(rewrite.attempt), &mut out);
     }
     changes.write(&mut out);
     if manager.request_id_in_response {
@@ -402,12 +444,13 @@ pub(super) fn response_head(
     buffers.response_out = out;
 }
 
-/// Applies a route's response changes to a head of the proxy's own (which ends `out`).
-pub(super) fn change_local(levels: &[&HeaderChanges], out: &mut Vec<u8>) {
+/// Applies a route's response changes, and then `more`, to a head of the proxy's own (which ends `out`).
+pub(super) fn change_local(levels: &[&HeaderChanges], more: &[AddHeader], out: &mut Vec<u8>) {
     let mut side = Side::default();
     for level in levels {
         side.level(&level.response_remove, &level.response_add);
     }
+    side.steps.extend(more.iter().map(Step::Add));
     if side.steps.is_empty() {
         return;
     }
@@ -471,7 +514,7 @@ mod tests {
             ..HeaderChanges::default()
         };
         let mut out = b"HTTP/1.1 200 OK\r\nx-gone: 1\r\nx-b: 0\r\n\r\n".to_vec();
-        change_local(&[&inner, &outer], &mut out);
+        change_local(&[&inner, &outer], &[], &mut out);
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "HTTP/1.1 200 OK\r\nx-b: 0\r\nx-a: outer\r\n\r\n"

@@ -4,11 +4,12 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use tokio::io::AsyncWriteExt;
+use tokio::time::Instant;
 
 use super::Session;
 use super::failure::Failure;
 use super::forward::Forwarding;
-use crate::alarm::Watch;
+use crate::alarm::{Watch, earlier};
 use crate::http1::body::{Flow, FlowError};
 use crate::http1::buffer::Buffer;
 use crate::http1::head::{ResponseHead, Scan};
@@ -18,7 +19,7 @@ use crate::upstream::Pooled;
 use crate::worker::Buffers;
 
 /// Octets a client may send ahead while its request is being answered.
-const AHEAD: usize = 64 * 1024;
+pub(super) const AHEAD: usize = 64 * 1024;
 
 /// Largest response head, octets.
 const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
@@ -78,6 +79,7 @@ impl Session {
                     Poll::Pending => {}
                 }
             }
+            let begun = flow.wire_out > 0;
             loop {
                 match scan.find(response_in.unread()) {
                     Ok(Some(length)) => match is_interim(response_in, response, length) {
@@ -86,22 +88,27 @@ impl Session {
                         Err(failure) => return Poll::Ready(Err(failure)),
                     },
                     Ok(None) if response_in.unread().len() > LARGEST_RESPONSE_HEAD => {
-                        return Poll::Ready(Err(Failure::Protocol));
+                        return Poll::Ready(Err(Failure::Protocol { begun }));
                     }
                     Ok(None) => {}
-                    Err(_) => return Poll::Ready(Err(Failure::Protocol)),
+                    Err(_) => return Poll::Ready(Err(Failure::Protocol { begun })),
                 }
                 match response_in.poll_fill(cx, &mut connection.stream) {
                     Poll::Ready(Ok(n)) if n > 0 => {}
                     Poll::Ready(_) => {
                         let answered = !response_in.is_empty();
-                        return Poll::Ready(Err(Failure::Upstream { answered }));
+                        return Poll::Ready(Err(Failure::Upstream { answered, begun }));
                     }
                     Poll::Pending => break,
                 }
             }
-            if !sending && alarm.poll(cx, call.deadline).is_ready() {
-                return Poll::Ready(Err(Failure::Timeout));
+            if !sending && alarm.poll(cx, earlier(call.deadline, call.try_deadline)).is_ready() {
+                let whole = call.deadline.is_some_and(|at| Instant::now() >= at);
+                return Poll::Ready(Err(if whole {
+                    Failure::Timeout
+                } else {
+                    Failure::TryTimeout
+                }));
             }
             if watch.poll(cx, alarm, flow.wire_in + flow.wire_out).is_ready() {
                 return Poll::Ready(Err(if sending { Failure::Idle } else { Failure::Timeout }));
@@ -118,9 +125,9 @@ impl Session {
 fn is_interim(input: &mut Buffer, response: &mut ResponseHead, length: usize) -> Result<bool, Failure> {
     response
         .parse(&mut input.unread_mut()[..length])
-        .map_err(|_| Failure::Protocol)?;
+        .map_err(|_| Failure::Protocol { begun: true })?;
     match response.status {
-        101 => Err(Failure::Protocol),
+        101 => Err(Failure::Protocol { begun: true }),
         100..=199 => {
             input.consume(length);
             input.rewind();

@@ -22,10 +22,21 @@ pub(super) enum Failure {
     Timeout,
     /// Nothing moved for the stream idle timeout.
     Idle,
-    /// The endpoint closed; `answered` if it had said something.
-    Upstream { answered: bool },
+    /// One attempt's time limit.
+    TryTimeout,
+    /// The endpoint closed; `answered` if it had said something, `begun` if something had been sent to it.
+    Upstream { answered: bool, begun: bool },
     /// The endpoint does not speak HTTP.
-    Protocol,
+    Protocol { begun: bool },
+}
+
+/// Why an attempt gave no response.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// There was no connection.
+    NotConnected(NoConnection),
+    /// There was one.
+    Failed(Failure),
 }
 
 impl Failure {
@@ -42,17 +53,54 @@ impl Failure {
         match self {
             Self::Client => "DC",
             Self::BadBody => "DPE",
-            Self::Timeout => "UT",
+            Self::Timeout | Self::TryTimeout => "UT",
             Self::Idle => "SI",
             Self::Upstream { .. } => "UC",
-            Self::Protocol => "UPE",
+            Self::Protocol { .. } => "UPE",
+        }
+    }
+
+    /// Envoy's details for it, before the response has begun.
+    fn details(&self) -> &'static str {
+        match self {
+            Self::Client => "downstream_remote_disconnect",
+            Self::BadBody => "http1.codec_error",
+            Self::Timeout => "response_timeout",
+            Self::TryTimeout => "upstream_per_try_timeout",
+            Self::Idle => "stream_idle_timeout",
+            Self::Upstream { .. } => "upstream_reset_before_response_started{connection_termination}",
+            Self::Protocol { .. } => "upstream_reset_before_response_started{protocol_error}",
+        }
+    }
+
+    /// Envoy's details for it, once the response has begun.
+    pub(super) fn late_details(&self) -> &'static str {
+        match self {
+            Self::Upstream { .. } => "upstream_reset_after_response_started{connection_termination}",
+            Self::Protocol { .. } => "upstream_reset_after_response_started{protocol_error}",
+            other => other.details(),
         }
     }
 }
 
 impl Session {
+    /// Answers for an endpoint that gave no response.
+    pub(super) async fn broken(
+        &mut self,
+        buffers: &mut Buffers,
+        lane: &Lane,
+        broken: Broken,
+        address: SocketAddr,
+        body: RequestBody,
+    ) -> Outcome {
+        match broken {
+            Broken::NotConnected(failure) => self.not_connected(buffers, failure, address, body).await,
+            Broken::Failed(failure) => self.failed(buffers, lane, failure, address, body).await,
+        }
+    }
+
     /// Answers for an endpoint to which there is no connection.
-    pub(super) async fn not_connected(
+    async fn not_connected(
         &mut self,
         buffers: &mut Buffers,
         failure: NoConnection,
@@ -68,8 +116,14 @@ impl Session {
             }
         };
         let text = format!("{DISCONNECTED}{reason}");
+        let details = match &failure {
+            NoConnection::Overflow => "upstream_reset_before_response_started{overflow}",
+            NoConnection::TimedOut => "upstream_reset_before_response_started{connection_timeout}",
+            NoConnection::Failed(_) => "upstream_reset_before_response_started{remote_connection_failure}",
+        };
         let mut reply = Reply::new(503, flags)
             .body(&text)
+            .because(details)
             .for_endpoint(address)
             .after(body);
         if matches!(failure, NoConnection::Overflow) {
@@ -79,7 +133,7 @@ impl Session {
     }
 
     /// Answers for an endpoint that did not.
-    pub(super) async fn failed(
+    async fn failed(
         &mut self,
         buffers: &mut Buffers,
         lane: &Lane,
@@ -93,6 +147,7 @@ impl Session {
                 stats.inc(shard, ClusterStat::RqTxReset);
                 self.manager.stats.inc(shard, Stat::RqRxReset);
                 let mut outcome = Outcome::new(0, failure.flags());
+                outcome.details = failure.details().into();
                 outcome.upstream = Some(address);
                 return outcome;
             }
@@ -101,8 +156,14 @@ impl Session {
                 self.manager.stats.inc(shard, Stat::CxProtocolError);
                 (400, "Bad Request".to_owned())
             }
-            Failure::Timeout => {
-                stats.inc(shard, ClusterStat::RqTimeout);
+            Failure::Timeout | Failure::TryTimeout => {
+                let per_try = matches!(failure, Failure::TryTimeout);
+                let member = if per_try {
+                    ClusterStat::RqPerTryTimeout
+                } else {
+                    ClusterStat::RqTimeout
+                };
+                stats.inc(shard, member);
                 (504, "upstream request timeout".to_owned())
             }
             Failure::Idle => {
@@ -113,7 +174,7 @@ impl Session {
                 stats.inc(shard, ClusterStat::RqRxReset);
                 (503, format!("{DISCONNECTED}connection termination"))
             }
-            Failure::Protocol => {
+            Failure::Protocol { .. } => {
                 stats.inc(shard, ClusterStat::CxProtocolError);
                 (502, format!("{DISCONNECTED}protocol error"))
             }
@@ -123,6 +184,7 @@ impl Session {
         }
         let reply = Reply::new(status, failure.flags())
             .body(&text)
+            .because(failure.details())
             .for_endpoint(address)
             .after(body);
         self.reply(buffers, reply).await

@@ -1,11 +1,15 @@
-//! A request's way to an endpoint: pick one, take a pooled connection or make one, once more if a pooled one was dead.
+//! A request's way to an endpoint: pick one, take a pooled connection or make one; again, where the route says so.
 //!
 //! A pooled connection may turn out to be dead before any octet of a response. Then a request is sent again, once, on a
-//! new connection, if the endpoint has not seen any of it or if seeing it twice does no harm.
+//! new connection, if the endpoint has not seen any of it or if seeing it twice does no harm. That is no retry in the
+//! sense of the route's policy; where the policy covers the case, it alone decides.
+
+use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::failure::Failure;
+use super::attempts::{Attempts, can_be_sent_again, takes_rest_of_response};
+use super::failure::{Broken, Failure};
 use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
 use crate::config::model::HttpManager;
@@ -15,18 +19,22 @@ use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::Forward;
 use crate::stats::{Cluster as ClusterStat, Shard};
 use crate::upstream::{Lane, NoConnection, Picked, Pooled};
-use crate::worker::Buffers;
+use crate::worker::{Buffers, Peer};
 
 /// A request on its way to a cluster: what every stage from here on has to know.
 pub(super) struct Forwarding<'a, 'r> {
     pub(super) manager: &'a HttpManager,
     pub(super) lane: &'a Lane,
     pub(super) forward: &'a Forward,
-    pub(super) changes: Changes<'a>,
+    pub(super) changes: Changes<'r>,
     pub(super) rewrite: &'r mut Rewrite<'a>,
     pub(super) begun: Instant,
     /// When the response must be complete.
     pub(super) deadline: Option<Instant>,
+    /// When the response to this attempt must have begun.
+    pub(super) try_deadline: Option<Instant>,
+    /// Octets of the head that stands in the buffer for the endpoint.
+    pub(super) head_length: usize,
 }
 
 impl Session {
@@ -34,68 +42,146 @@ impl Session {
     pub(super) async fn forward(&mut self, buffers: &mut Buffers, call: &mut Forwarding<'_, '_>) -> Outcome {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
-        let Some(picked) = lane.pick(self.peer.local) else {
-            stats.inc(shard, ClusterStat::CxNoneHealthy);
-            let reply = Reply::new(503, "UH").body("no healthy upstream");
-            return self.reply(buffers, reply).await;
-        };
-        let address = picked.endpoint.address;
-        if stats.get(ClusterStat::RqActive) >= u64::from(lane.cluster.limits.max_requests) {
-            stats.inc(shard, ClusterStat::RqPendingOverflow);
-            let failure = NoConnection::Overflow;
-            return self
-                .not_connected(buffers, failure, address, RequestBody::Untouched)
-                .await;
-        }
-        let replayable = is_replayable(buffers);
-        let mut pooled = lane.take_idle(&picked, self.peer.source, !replayable);
-        let mut retried = false;
-        // A flow of which nothing was sent yet: it goes on with the next connection.
-        let mut kept: Option<Flow> = None;
-        let _active = Active::new(lane, shard);
+        let mut attempts = Attempts::new(call.forward.retry.as_deref());
+        // What has been taken of the request's body so far.
+        let mut flow: Option<Flow> = None;
+        let mut active = None;
         loop {
-            let reused = pooled.is_some();
-            let body = kept.as_ref().map_or(RequestBody::Untouched, RequestBody::behind);
-            let mut connection = match pooled.take() {
-                Some(pooled) => pooled,
-                None => match self.connect(call, &picked).await {
-                    Ok(Ok(connection)) => connection,
-                    Ok(Err(failure)) => return self.not_connected(buffers, failure, address, body).await,
-                    Err(failure) => return self.failed(buffers, lane, failure, address, body).await,
-                },
+            let Some(picked) = attempts.pick(lane, self.peer.local) else {
+                stats.inc(shard, ClusterStat::CxNoneHealthy);
+                let reply = Reply::new(503, "UH")
+                    .body("no healthy upstream")
+                    .because("no_healthy_upstream")
+                    .after(RequestBody::behind(flow.as_ref()));
+                return self.reply(buffers, reply).await;
             };
-            if !retried {
-                stats.inc(shard, ClusterStat::RqTotal);
-            }
-            let begun = kept.take().map_or_else(|| begin(buffers, call), Ok);
-            let mut flow = match begun {
-                Ok(flow) => flow,
-                Err(failure) => {
-                    return self
-                        .failed(buffers, lane, failure, address, RequestBody::Begun)
-                        .await;
-                }
+            let address = picked.endpoint.address;
+            let turn = if active.is_none() && is_full(lane) {
+                stats.inc(shard, ClusterStat::RqPendingOverflow);
+                Turn::Broken(Broken::NotConnected(NoConnection::Overflow))
+            } else {
+                active.get_or_insert_with(|| Active::new(lane, shard));
+                self.attempt(buffers, call, &picked, &mut attempts, &mut flow)
+                    .await
             };
-            match self.exchange(buffers, call, &mut connection, &mut flow).await {
-                Ok(sent) => {
-                    let response = self.respond(buffers, call, &picked, connection, flow, sent);
-                    let mut outcome = response.await;
-                    if retried {
-                        stats.inc(shard, ClusterStat::RqRetrySuccess);
-                    }
+            let (broken, pause) = match turn {
+                Turn::Done(mut outcome) => {
                     outcome.upstream = Some(address);
+                    outcome.exhausted = attempts.exhausted;
                     return outcome;
                 }
-                Err(Failure::Upstream { answered: false })
-                    if reused && !retried && (replayable || flow.untouched()) =>
-                {
-                    retried = true;
+                Turn::Again(pause) => (None, Some(pause)),
+                Turn::Broken(broken) => {
+                    let again = attempts.concerns(&broken) && can_be_sent_again(flow.as_ref());
+                    let pause = if again { attempts.again(address) } else { None };
+                    (Some(broken), pause)
+                }
+            };
+            if attempts.exhausted {
+                stats.inc(shard, ClusterStat::RqRetryLimitExceeded);
+            }
+            let failure = match (pause, broken) {
+                (Some(pause), _) => {
                     stats.inc(shard, ClusterStat::RqRetry);
-                    kept = Some(flow).filter(Flow::untouched);
+                    match self.pause_before_retry(buffers, call, pause).await {
+                        Ok(()) => None,
+                        Err(failure) => Some(Broken::Failed(failure)),
+                    }
+                }
+                (None, broken) => broken,
+            };
+            if let Some(broken) = failure {
+                let body = RequestBody::behind(flow.as_ref());
+                let mut outcome = self.broken(buffers, lane, broken, address, body).await;
+                outcome.exhausted = attempts.exhausted;
+                return outcome;
+            }
+            call.rewrite.attempt = attempts.number;
+        }
+    }
+
+    async fn pause_before_retry(
+        &mut self,
+        buffers: &mut Buffers,
+        call: &Forwarding<'_, '_>,
+        pause: Duration,
+    ) -> Result<(), Failure> {
+        let left = call
+            .deadline
+            .map(|at| at.saturating_duration_since(Instant::now()));
+        let short = left.filter(|left| *left <= pause);
+        let paused = self.pause(buffers, short.unwrap_or(pause)).await;
+        paused.map_err(|()| Failure::Client)?;
+        if short.is_some() { Err(Failure::Timeout) } else { Ok(()) }
+    }
+
+    /// One attempt at one endpoint; a pooled connection that proves dead is replaced by a new one where that is safe.
+    async fn attempt(
+        &mut self,
+        buffers: &mut Buffers,
+        call: &mut Forwarding<'_, '_>,
+        picked: &Picked,
+        attempts: &mut Attempts<'_>,
+        kept: &mut Option<Flow>,
+    ) -> Turn {
+        let (lane, shard) = (call.lane, self.worker.shard);
+        let stats = &lane.cluster.stats;
+        let replayable = is_replayable(buffers);
+        let mut pooled = lane.take_idle(picked, self.peer.source, !replayable);
+        let mut replayed = false;
+        loop {
+            let reused = pooled.is_some();
+            let mut connection = match pooled.take() {
+                Some(pooled) => pooled,
+                None => match self.connect(call, picked).await {
+                    Ok(Ok(connection)) => connection,
+                    Ok(Err(failure)) => return Turn::Broken(Broken::NotConnected(failure)),
+                    Err(failure) => return Turn::Broken(Broken::Failed(failure)),
+                },
+            };
+            if !replayed {
+                stats.inc(shard, ClusterStat::RqTotal);
+            }
+            let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take()) {
+                Ok(flow) => flow,
+                Err((flow, failure)) => {
+                    *kept = Some(flow);
+                    return Turn::Broken(Broken::Failed(failure));
+                }
+            };
+            call.try_deadline = attempts.deadline(call.deadline);
+            match self.exchange(buffers, call, &mut connection, &mut flow).await {
+                Ok(sent) => {
+                    if attempts.concern_response(buffers, &flow)
+                        && let Some(pause) = attempts.again(picked.endpoint.address)
+                    {
+                        if sent && takes_rest_of_response(buffers) {
+                            lane.give_back(picked, self.peer.source, connection);
+                        }
+                        *kept = Some(flow);
+                        return Turn::Again(pause);
+                    }
+                    if attempts.exhausted {
+                        stats.inc(shard, ClusterStat::RqRetryLimitExceeded);
+                    } else if replayed || attempts.number > 1 {
+                        stats.inc(shard, ClusterStat::RqRetrySuccess);
+                    }
+                    let outcome = self.respond(buffers, call, picked, connection, flow, sent);
+                    return Turn::Done(outcome.await);
                 }
                 Err(failure) => {
-                    let body = RequestBody::behind(&flow);
-                    return self.failed(buffers, lane, failure, address, body).await;
+                    let dead = reused
+                        && !replayed
+                        && attempts.number == 1
+                        && matches!(failure, Failure::Upstream { answered: false, .. })
+                        && (replayable || flow.untouched());
+                    *kept = Some(flow);
+                    let broken = Broken::Failed(failure);
+                    if !dead || attempts.concerns(&broken) {
+                        return Turn::Broken(broken);
+                    }
+                    replayed = true;
+                    stats.inc(shard, ClusterStat::RqRetry);
                 }
             }
         }
@@ -115,11 +201,49 @@ impl Session {
     }
 }
 
-/// Writes the request's head, and what is there of its body, to the buffer for the endpoint.
-fn begin(buffers: &mut Buffers, call: &mut Forwarding<'_, '_>) -> Result<Flow, Failure> {
+/// What came of one attempt.
+enum Turn {
+    /// The request has been answered.
+    Done(Outcome),
+    /// The response was one to try again after, when this has passed.
+    Again(Duration),
+    /// There was no response.
+    Broken(Broken),
+}
+
+/// Whether the cluster takes no further request.
+fn is_full(lane: &Lane) -> bool {
+    let cluster = &lane.cluster;
+    cluster.stats.get(ClusterStat::RqActive) >= u64::from(cluster.limits.max_requests)
+}
+
+/// Writes the request's head, and what is there of its body, to the buffer for the endpoint. `before` is how far the
+/// body had got in an earlier attempt.
+fn begin(
+    buffers: &mut Buffers,
+    call: &mut Forwarding<'_, '_>,
+    peer: &Peer,
+    attempts: &Attempts<'_>,
+    before: Option<Flow>,
+) -> Result<Flow, (Flow, Failure)> {
+    // Of a message of which nothing was sent, what stands behind the head stays.
+    let behind = match &before {
+        Some(flow) if flow.untouched() => buffers.request_out.split_off(call.head_length),
+        _ => Vec::new(),
+    };
     buffers.request_out.clear();
-    let expected = call.deadline.map(|at| at - call.begun);
-    rewrite::request_head(buffers, call.manager, call.rewrite, &call.changes, expected);
+    let expected = time_limit(call, attempts);
+    let changes = &call.changes;
+    rewrite::request_head(buffers, call.manager, &peer.connection, call.rewrite, changes, expected);
+    call.head_length = buffers.request_out.len();
+    if let Some(mut flow) = before {
+        if flow.untouched() {
+            buffers.request_out.extend_from_slice(&behind);
+        } else {
+            flow.replay(&mut buffers.request_out);
+        }
+        return Ok(flow);
+    }
     let framing = buffers.request.fields.framing;
     let out = if framing == Framing::Chunked {
         Out::Chunked
@@ -127,9 +251,25 @@ fn begin(buffers: &mut Buffers, call: &mut Forwarding<'_, '_>) -> Result<Flow, F
         Out::Plain
     };
     let mut flow = Flow::new(framing, out);
-    flow.prefill(&mut buffers.request_in, &mut buffers.request_out)
-        .map_err(Failure::from_client)?;
-    Ok(flow)
+    attempts.prepare(&mut flow);
+    match flow.prefill(&mut buffers.request_in, &mut buffers.request_out) {
+        Ok(()) => Ok(flow),
+        Err(error) => Err((flow, Failure::from_client(error))),
+    }
+}
+
+/// What the endpoint is told of the time it has: one attempt's limit, or what is left of the request's.
+fn time_limit(call: &Forwarding<'_, '_>, attempts: &Attempts<'_>) -> Option<Duration> {
+    let whole = call.deadline.map(|at| at - call.begun);
+    let limit = attempts.try_limit().or(whole)?;
+    let left = match (whole, attempts.number) {
+        (None, _) => limit,
+        (Some(whole), 1) => whole,
+        (Some(whole), _) => whole
+            .saturating_sub(call.begun.elapsed())
+            .max(Duration::from_millis(1)),
+    };
+    Some(limit.min(left))
 }
 
 /// Whether the request may be sent a second time without harm (RFC 9110, 9.2.2) and without having been kept.

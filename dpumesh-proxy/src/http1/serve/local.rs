@@ -1,5 +1,6 @@
 //! What the proxy says by itself: refusals, direct responses, redirects, answers for endpoints; and the connection's end.
 
+use std::borrow::Cow;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -12,7 +13,7 @@ use crate::http1::body::Flow;
 use crate::http1::buffer::Buffer;
 use crate::http1::head::{Framing, Refusal};
 use crate::http1::{reply, rewrite};
-use crate::route::HeaderChanges;
+use crate::route::{AddHeader, HeaderChanges};
 use crate::stats::Http as Stat;
 use crate::worker::Buffers;
 
@@ -29,6 +30,8 @@ pub(super) struct Reply<'a> {
     header: Option<(&'static [u8], &'a [u8])>,
     body: &'a [u8],
     levels: &'a [&'a HeaderChanges],
+    more: &'a [AddHeader],
+    details: &'static str,
     upstream: Option<SocketAddr>,
     request_body: RequestBody,
     close: bool,
@@ -47,8 +50,13 @@ pub(super) enum RequestBody {
 }
 
 impl RequestBody {
-    pub(super) fn behind(flow: &Flow) -> Self {
-        if flow.read_all() { Self::Taken } else { Self::Begun }
+    /// What is left where `flow` has got; without one nothing has been taken.
+    pub(super) fn behind(flow: Option<&Flow>) -> Self {
+        match flow {
+            None => Self::Untouched,
+            Some(flow) if flow.read_all() => Self::Taken,
+            Some(_) => Self::Begun,
+        }
     }
 }
 
@@ -60,6 +68,8 @@ impl<'a> Reply<'a> {
             header: None,
             body: b"",
             levels: &[],
+            more: &[],
+            details: "",
             upstream: None,
             request_body: RequestBody::Untouched,
             close: false,
@@ -79,6 +89,18 @@ impl<'a> Reply<'a> {
     /// With the configured header changes, the most specific first.
     pub(super) fn changed_by(mut self, levels: &'a [&'a HeaderChanges]) -> Self {
         self.levels = levels;
+        self
+    }
+
+    /// With these headers.
+    pub(super) fn adding(mut self, headers: &'a [AddHeader]) -> Self {
+        self.more = headers;
+        self
+    }
+
+    /// Logged with these details.
+    pub(super) fn because(mut self, details: &'static str) -> Self {
+        self.details = details;
         self
     }
 
@@ -103,6 +125,7 @@ impl<'a> Reply<'a> {
     fn outcome(&self) -> Outcome {
         let mut outcome = Outcome::new(self.status, self.flags);
         outcome.upstream = self.upstream;
+        outcome.details = Cow::Borrowed(self.details);
         outcome
     }
 }
@@ -123,7 +146,7 @@ impl Session {
         let out = &mut buffers.response_out;
         out.clear();
         self.local_head(&reply, close, http11, out);
-        rewrite::change_local(reply.levels, out);
+        rewrite::change_local(reply.levels, reply.more, out);
         if !is_head {
             out.extend_from_slice(reply.body);
             outcome.sent = reply.body.len() as u64;
@@ -146,7 +169,14 @@ impl Session {
         };
         stats.inc(shard, Stat::CxProtocolError);
         tracing::debug!(client = %self.peer.remote, %refusal, "request refused");
-        let reply = Reply::new(status, "DPE").body(reply::reason(status));
+        let details = match refusal {
+            Refusal::TooLarge => "request_headers_too_large",
+            Refusal::Version => "low_version",
+            Refusal::Bad(_) => "http1.codec_error",
+        };
+        let reply = Reply::new(status, "DPE")
+            .body(reply::reason(status))
+            .because(details);
         self.answer_no_request(buffers, reply).await
     }
 

@@ -4,8 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
+use super::view::forwarded_for;
 use super::{Outcome, Session};
-use crate::access_log::{Headers, Record};
+use crate::access_log::{Extra, Headers, Record};
 use crate::http1::head::FieldKind;
 use crate::http1::rewrite::{self, Rewrite};
 use crate::stats::Http as Stat;
@@ -48,10 +49,11 @@ impl Session {
         });
         record.cluster = outcome.cluster.as_deref();
         record.route = rewrite.route_name;
+        record.extra.request_remote = forwarded_for(buffers);
         self.log(&record);
     }
 
-    pub(super) fn record<'r>(&self, outcome: &Outcome, start: SystemTime, duration: Duration) -> Record<'r> {
+    pub(super) fn record<'r>(&'r self, outcome: &'r Outcome, start: SystemTime, duration: Duration) -> Record<'r> {
         Record {
             start,
             duration,
@@ -68,6 +70,14 @@ impl Session {
             remote: self.peer.remote,
             local: self.peer.local,
             ingress: self.peer.ingress,
+            extra: Extra {
+                details: Some(&*outcome.details).filter(|d| !d.is_empty()),
+                delayed: outcome.delayed,
+                exhausted: outcome.exhausted,
+                server_name: self.peer.connection.server_name.as_deref(),
+                upstream_local: outcome.upstream_local,
+                ..Extra::default()
+            },
         }
     }
 

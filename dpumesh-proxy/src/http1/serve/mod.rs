@@ -1,17 +1,19 @@
 //! One client connection: wait for a request, serve it, and again.
 //!
 //! ```text
-//! next_request ─► route ─► forward ─► exchange ─► respond ──┬─► count, log ─► next_request
-//!                    └──────────┴───────────┴─► local reply ─┘
+//! next_request ─► route ─► filter ─► forward ─► exchange ─► respond ──┬─► count, log ─► next_request
+//!                    └─────────┴──────────┴───────────┴─► local reply ─┘
 //! ```
-//! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `forward`
-//! picks endpoint and connection, `exchange` sends the request until a response head is there, `respond` passes the
+//! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `filters` are
+//! rules, faults and CORS, `forward` picks endpoint and connection, again if `attempts` says so, `exchange` sends the request until a response head is there, `respond` passes the
 //! response on, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
 //! `logged` counts and logs. All memory is the worker's: between requests a connection holds its socket and little
 //! else.
 
+mod attempts;
 mod exchange;
 mod failure;
+mod filters;
 mod forward;
 mod local;
 mod logged;
@@ -19,7 +21,9 @@ mod read;
 mod redirect;
 mod request;
 mod respond;
+mod view;
 
+use std::borrow::Cow;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -84,10 +88,18 @@ struct Session {
 struct Outcome {
     status: u16,
     flags: &'static str,
+    /// Envoy's `RESPONSE_CODE_DETAILS`; empty is none.
+    details: Cow<'static, str>,
+    /// A fault held the request up (`DI`).
+    delayed: bool,
+    /// A retry was due, but there was none left (`URX`).
+    exhausted: bool,
     keep: bool,
     received: u64,
     sent: u64,
     upstream: Option<SocketAddr>,
+    /// Our end of the connection to the endpoint.
+    upstream_local: Option<SocketAddr>,
     cluster: Option<Arc<str>>,
     has_response: bool,
 }
@@ -97,10 +109,14 @@ impl Outcome {
         Self {
             status,
             flags,
+            details: Cow::Borrowed(""),
+            delayed: false,
+            exhausted: false,
             keep: false,
             received: 0,
             sent: 0,
             upstream: None,
+            upstream_local: None,
             cluster: None,
             has_response: false,
         }
@@ -129,7 +145,9 @@ impl Session {
                 Next::Refused(refusal) => self.refuse(&mut held, refusal).await,
                 Next::TimedOut => {
                     self.manager.stats.inc(self.worker.shard, Stat::RqHeaderTimeout);
-                    let reply = Reply::new(408, "").body("request header timeout");
+                    let reply = Reply::new(408, "")
+                        .body("request header timeout")
+                        .because("request_header_timeout");
                     self.answer_no_request(&mut held, reply).await
                 }
             };

@@ -6,16 +6,38 @@ use std::time::SystemTime;
 
 use tokio::time::Instant;
 
+use super::filters::{Filtered, Passing};
 use super::forward::Forwarding;
 use super::local::Reply;
 use super::redirect::location;
+use super::view::View;
 use super::{Outcome, Session};
 use crate::config::model::{ClusterRef, HttpManager, Terminal, Underscores};
 use crate::http1::head::Refusal;
+use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
-use crate::route::{Action, Forward, HeaderChanges, RequestView, Route, Target, VirtualHost};
+use crate::route::{Action, Forward, HeaderChanges, Route, Target, VirtualHost};
 use crate::stats::Http as Stat;
 use crate::worker::{Buffers, Program};
+
+/// The route that takes a request.
+struct Way<'a> {
+    host: &'a VirtualHost,
+    route: &'a Route,
+    forward: &'a Forward,
+}
+
+/// Brings the path into its one form, where the connection manager is told to.
+fn normalize(buffers: &mut Buffers, manager: &HttpManager) -> Option<Reply<'static>> {
+    match path::normalized(rewrite::path(buffers), manager.policy.path) {
+        Ok(None) => None,
+        Ok(fresh) => {
+            buffers.request.normalized = fresh;
+            None
+        }
+        Err(path::Refused) => Some(Reply::new(400, "").because("path_normalization_failed")),
+    }
+}
 
 impl Session {
     /// Serves the request whose head stands in the buffer; true when the connection may go on.
@@ -44,7 +66,10 @@ impl Session {
         manager.stats.inc(self.worker.shard, Stat::RqTotal);
         manager.stats.inc(self.worker.shard, Stat::RqActive);
         let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
-        let outcome = match self.refused_by_rule(buffers, &manager) {
+        let refused = self
+            .refused_by_rule(buffers, &manager)
+            .or_else(|| normalize(buffers, &manager));
+        let outcome = match refused {
             Some(reply) => self.reply(buffers, reply.and_close()).await,
             None => self.route(buffers, &manager, &program, &mut rewrite, begun).await,
         };
@@ -83,23 +108,24 @@ impl Session {
         let request = &buffers.request;
         let head = buffers.request_in.head();
         if !request.fields.http11 && !manager.accept_http_10 {
-            return Some(Reply::new(426, "DPE").body("Upgrade Required"));
+            let reply = Reply::new(426, "DPE").body("Upgrade Required");
+            return Some(reply.because("low_version"));
         }
         if request.absolute {
             manager.stats.inc(self.worker.shard, Stat::RqNonRelativePath);
         }
         if !request.has_host && (request.fields.http11 || manager.default_host_http_10.is_none()) {
-            return Some(Reply::new(400, ""));
+            return Some(Reply::new(400, "").because("missing_host_header"));
         }
         if request.has_host && request.authority.is_empty() {
-            return Some(Reply::new(400, ""));
+            return Some(Reply::new(400, "").because("missing_host_header"));
         }
         if request.method.of_head(head) == b"CONNECT" {
-            return Some(Reply::new(404, "NR"));
+            return Some(Reply::new(404, "NR").because("route_not_found"));
         }
         if request.upgrade {
             manager.stats.inc(self.worker.shard, Stat::RqUpgradeRefused);
-            return Some(Reply::new(403, ""));
+            return Some(Reply::new(403, "").because("upgrade_failed"));
         }
         let has_underscore = || {
             let mut names = request.fields.fields.iter().map(|f| f.name.of_head(head));
@@ -118,22 +144,38 @@ impl Session {
     ) -> Outcome {
         let shard = self.worker.shard;
         let found = {
-            let view = View {
-                buffers,
-                host: rewrite.default_host,
-            };
+            let connection = &self.peer.connection;
+            let view = View::new(buffers, rewrite.default_host, manager, connection);
             manager.routes.find(&view)
         };
-        let Some((host, route)) = found else {
+        let levels = found.map(|(host, route)| [&route.headers, &host.headers, &manager.routes.headers]);
+        rewrite.route_name = found.map(|(_, route)| route.name.as_str());
+        let mut filtered = Filtered::default();
+        if !manager.policy.filters.is_empty() {
+            let passing = Passing {
+                manager,
+                rewrite,
+                route: found.map(|(_, route)| route),
+                levels: levels.as_ref().map_or(&[], |l| l.as_slice()),
+            };
+            match self.filter(buffers, &passing).await {
+                Ok(passed) => filtered = passed,
+                Err(outcome) => return outcome,
+            }
+        }
+        let (Some((host, route)), Some(levels)) = (found, levels) else {
             manager.stats.inc(shard, Stat::NoRoute);
-            return self.reply(buffers, Reply::new(404, "NR")).await;
+            let reply = Reply::new(404, "NR").because("route_not_found");
+            return self.reply(buffers, reply).await;
         };
-        rewrite.route_name = Some(&route.name);
-        let levels = [&route.headers, &host.headers, &manager.routes.headers];
-        match &route.action {
+        let mut outcome = match &route.action {
             Action::Direct { status, body } => {
                 manager.stats.inc(shard, Stat::RqDirectResponse);
-                let reply = Reply::new(*status, "").body(body).changed_by(&levels);
+                let reply = Reply::new(*status, "")
+                    .body(body)
+                    .because("direct_response")
+                    .changed_by(&levels)
+                    .adding(&filtered.response);
                 self.reply(buffers, reply).await
             }
             Action::Redirect(redirect) => {
@@ -141,15 +183,22 @@ impl Session {
                 let location = location(redirect, route, buffers, rewrite);
                 let reply = Reply::new(redirect.status, "")
                     .header(b"location", &location)
-                    .changed_by(&levels);
+                    .because("direct_response")
+                    .changed_by(&levels)
+                    .adding(&filtered.response);
                 self.reply(buffers, reply).await
             }
             Action::Forward(forward) => {
                 manager.stats.inc(shard, Stat::RouterRqTotal);
-                self.dispatch(buffers, manager, program, rewrite, (host, route, forward), begun)
+                rewrite.tell_attempt = (host.attempt_count_in_request, host.attempt_count_in_response);
+                let begun = if filtered.delayed { Instant::now() } else { begun };
+                let way = Way { host, route, forward };
+                self.dispatch(buffers, manager, program, rewrite, (way, &filtered), begun)
                     .await
             }
-        }
+        };
+        outcome.delayed = filtered.delayed;
+        outcome
     }
 
     /// Finds the cluster that the route names and forwards the request to it.
@@ -159,9 +208,10 @@ impl Session {
         manager: &'a HttpManager,
         program: &'a Program,
         rewrite: &mut Rewrite<'a>,
-        (host, route, forward): (&'a VirtualHost, &'a Route, &'a Forward),
+        (way, filtered): (Way<'a>, &Filtered),
         begun: Instant,
     ) -> Outcome {
+        let Way { host, route, forward } = way;
         let mut levels: [Option<&HeaderChanges>; 4] = [
             None,
             Some(&route.headers),
@@ -184,60 +234,30 @@ impl Session {
         let lane = cluster.and_then(|c: &ClusterRef| program.lanes.get(c.index?));
         let mut outcome = match lane {
             Some(lane) => {
-                rewrite.plan(forward, route, &buffers.request, buffers.request_in.head());
+                rewrite.plan(forward, route, buffers);
+                let mut changes = Changes::of(&levels);
+                changes.add_to_response(&filtered.response);
                 let deadline = rewrite.timeout(forward).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
                     lane,
                     forward,
-                    changes: Changes::of(&levels),
+                    changes,
                     rewrite,
                     begun,
                     deadline,
+                    try_deadline: None,
+                    head_length: 0,
                 };
                 self.forward(buffers, &mut forwarding).await
             }
             None => {
                 manager.stats.inc(self.worker.shard, Stat::NoCluster);
-                let reply = Reply::new(forward.not_found_status, "NC");
+                let reply = Reply::new(forward.not_found_status, "NC").because("cluster_not_found");
                 self.reply(buffers, reply).await
             }
         };
         outcome.cluster = cluster.map(|c| Arc::clone(&c.name));
         outcome
-    }
-}
-
-/// The request as the routes look at it.
-struct View<'a> {
-    buffers: &'a Buffers,
-    host: Option<&'a [u8]>,
-}
-
-impl RequestView for View<'_> {
-    fn host(&self) -> &[u8] {
-        let head = self.buffers.request_in.head();
-        self.host
-            .unwrap_or_else(|| self.buffers.request.authority.of_head(head))
-    }
-
-    fn path(&self) -> &[u8] {
-        rewrite::path(self.buffers)
-    }
-
-    fn method(&self) -> &[u8] {
-        self.buffers
-            .request
-            .method
-            .of_head(self.buffers.request_in.head())
-    }
-
-    fn each_header<'a>(&'a self, name: &[u8], see: &mut dyn FnMut(&'a [u8])) {
-        let head = self.buffers.request_in.head();
-        for field in &self.buffers.request.fields.fields {
-            if field.name.of_head(head) == name {
-                see(field.value.of_head(head));
-            }
-        }
     }
 }

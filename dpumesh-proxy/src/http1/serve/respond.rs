@@ -1,5 +1,6 @@
 //! The response goes out; the request's body goes on being sent where it has not ended.
 
+use std::borrow::Cow;
 use std::future::poll_fn;
 use std::task::Poll;
 use std::time::SystemTime;
@@ -72,6 +73,7 @@ impl Session {
         call.lane.count(status);
         let mut outcome = Outcome::new(status, "");
         outcome.has_response = true;
+        outcome.details = Cow::Borrowed("via_upstream");
         outcome.received = request.body;
         outcome.sent = response.body;
         match relayed {
@@ -91,6 +93,7 @@ impl Session {
             // Half of the response is with the client: nothing more can be said to it.
             Err(failure) => {
                 outcome.flags = failure.flags();
+                outcome.details = failure.late_details().into();
                 if matches!(failure, Failure::Client) {
                     call.manager.stats.inc(shard, Stat::RqRxReset);
                     stats.inc(shard, ClusterStat::RqTxReset);
@@ -151,7 +154,7 @@ impl Session {
         let mut watch = Watch::new(call.manager.stream_idle_timeout);
         response
             .prefill(response_in, response_out)
-            .map_err(|_| Failure::Protocol)?;
+            .map_err(|_| Failure::Protocol { begun: true })?;
         poll_fn(|cx| {
             if !*sent {
                 match request.poll(cx, stream, &mut connection.stream, request_in, request_out) {
@@ -164,9 +167,12 @@ impl Session {
                 Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
                 Poll::Ready(Err(FlowError::Write(_))) => return Poll::Ready(Err(Failure::Client)),
                 Poll::Ready(Err(FlowError::Read(_))) => {
-                    return Poll::Ready(Err(Failure::Upstream { answered: true }));
+                    return Poll::Ready(Err(Failure::Upstream {
+                        answered: true,
+                        begun: true,
+                    }));
                 }
-                Poll::Ready(Err(FlowError::Framing(_))) => return Poll::Ready(Err(Failure::Protocol)),
+                Poll::Ready(Err(FlowError::Framing(_))) => return Poll::Ready(Err(Failure::Protocol { begun: true })),
                 Poll::Pending => {}
             }
             if alarm.poll(cx, call.deadline).is_ready() {

@@ -1,0 +1,204 @@
+//! The HTTP filters between routing and the route's action: access rules, faults, CORS, in the configured order.
+
+use std::borrow::Cow;
+use std::future::poll_fn;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::exchange::AHEAD;
+use super::local::Reply;
+use super::view::{View, forwarded_for};
+use super::{Outcome, Session};
+use crate::config::model::HttpManager;
+use crate::http1::policy::HttpFilter;
+use crate::http1::rewrite::Rewrite;
+use crate::rbac::{self, DENIED_BODY};
+use crate::route::cors::Cors;
+use crate::route::fault::Fault;
+use crate::route::{AddHeader, HeaderChanges, RequestView, Route};
+use crate::stats::{Cors as CorsStat, Fault as FaultStat, Http as Stat};
+use crate::worker::Buffers;
+
+/// What the filters leave for the rest of a request's way.
+#[derive(Debug, Default)]
+pub(super) struct Filtered {
+    /// Headers for the response.
+    pub(super) response: Vec<AddHeader>,
+    /// A fault held the request up: its time limits begin behind that.
+    pub(super) delayed: bool,
+}
+
+/// Where a request is on its way through the filters.
+pub(super) struct Passing<'a, 'r> {
+    pub(super) manager: &'a HttpManager,
+    pub(super) rewrite: &'r Rewrite<'a>,
+    pub(super) route: Option<&'a Route>,
+    pub(super) levels: &'r [&'a HeaderChanges],
+}
+
+impl Session {
+    /// Runs the filters; `Err` when one of them answered.
+    pub(super) async fn filter(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+    ) -> Result<Filtered, Outcome> {
+        let mut filtered = Filtered::default();
+        for filter in &passing.manager.policy.filters {
+            match filter {
+                HttpFilter::Rbac(filter) => self.check_access(buffers, passing, filter).await?,
+                HttpFilter::Fault(own, stats) => {
+                    let of_route = passing.route.and_then(|r| r.fault.as_deref());
+                    if let Some(fault) = of_route.or(own.as_deref()) {
+                        self.inject(buffers, passing, fault, (stats, &mut filtered)).await?;
+                    }
+                }
+                HttpFilter::Cors(stats) => {
+                    if let Some(cors) = passing.route.and_then(|r| r.cors.as_deref()) {
+                        self.cors(buffers, passing, cors, (stats, &mut filtered)).await?;
+                    }
+                }
+            }
+        }
+        Ok(filtered)
+    }
+
+    async fn check_access(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+        filter: &rbac::Filter,
+    ) -> Result<(), Outcome> {
+        let peer = &self.peer;
+        let connection = rbac::Connection {
+            peer: peer.connection.peer.as_deref(),
+            direct_remote: peer.remote,
+            remote: forwarded_for(buffers).unwrap_or_else(|| peer.remote.ip()),
+            destination: peer.local,
+            server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
+        };
+        let decision = {
+            let view = self.view(buffers, passing);
+            filter.check(&connection, &view, self.worker.shard)
+        };
+        let Err(details) = decision else {
+            return Ok(());
+        };
+        let reply = Reply::new(403, "").body(DENIED_BODY).changed_by(passing.levels);
+        let mut outcome = self.reply(buffers, reply).await;
+        outcome.details = Cow::Owned(details.to_owned());
+        Err(outcome)
+    }
+
+    fn view<'b>(&self, buffers: &'b Buffers, passing: &'b Passing<'_, '_>) -> View<'b> {
+        View::new(
+            buffers,
+            passing.rewrite.default_host,
+            passing.manager,
+            &self.peer.connection,
+        )
+    }
+
+    async fn inject(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+        fault: &Fault,
+        (stats, filtered): (&crate::stats::Scope, &mut Filtered),
+    ) -> Result<(), Outcome> {
+        if !fault.concerns(&self.view(buffers, passing)) {
+            return Ok(());
+        }
+        let shard = self.worker.shard;
+        if let Some((share, pause)) = fault.delay
+            && share.takes(fastrand::u64(..))
+        {
+            stats.inc(shard, FaultStat::DelaysInjected);
+            filtered.delayed = true;
+            let waited = self.pause(buffers, pause).await;
+            if waited.is_err() {
+                passing.manager.stats.inc(shard, Stat::RqRxReset);
+                let mut outcome = Outcome::new(0, "DC");
+                outcome.details = Cow::Borrowed("downstream_remote_disconnect");
+                outcome.delayed = true;
+                return Err(outcome);
+            }
+        }
+        if let Some((share, status)) = fault.abort
+            && share.takes(fastrand::u64(..))
+        {
+            stats.inc(shard, FaultStat::AbortsInjected);
+            let reply = Reply::new(status, "FI")
+                .body("fault filter abort")
+                .because("fault_filter_abort")
+                .changed_by(passing.levels);
+            let mut outcome = self.reply(buffers, reply).await;
+            outcome.delayed = filtered.delayed;
+            return Err(outcome);
+        }
+        Ok(())
+    }
+
+    /// Waits, while the client's connection stays open.
+    ///
+    /// # Errors
+    /// The client went away.
+    pub(super) async fn pause(&mut self, buffers: &mut Buffers, pause: Duration) -> Result<(), ()> {
+        let until = Instant::now() + pause;
+        let Self { stream, alarm, .. } = self;
+        let input = &mut buffers.request_in;
+        poll_fn(|cx| {
+            if alarm.poll(cx, Some(until)).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            while input.unread().len() < AHEAD {
+                match input.poll_fill(cx, stream) {
+                    Poll::Ready(Ok(n)) if n > 0 => {}
+                    Poll::Ready(_) => return Poll::Ready(Err(())),
+                    Poll::Pending => break,
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    async fn cors(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+        cors: &Cors,
+        (stats, filtered): (&crate::stats::Scope, &mut Filtered),
+    ) -> Result<(), Outcome> {
+        let head = buffers.request_in.head();
+        let fields = &buffers.request.fields;
+        let Some(origin) = fields.get(head, b"origin").filter(|o| !o.is_empty()) else {
+            return Ok(());
+        };
+        if !cors.enabled.takes(fastrand::u64(..)) {
+            return Ok(());
+        }
+        let allowed = cors.allows(origin);
+        let member = if allowed {
+            CorsStat::OriginValid
+        } else {
+            CorsStat::OriginInvalid
+        };
+        stats.inc(self.worker.shard, member);
+        let asks = fields.get(head, b"access-control-request-method");
+        let preflight = self.view(buffers, passing).method() == b"OPTIONS" && asks.is_some_and(|m| !m.is_empty());
+        let headers = if allowed {
+            cors.response_headers(origin, preflight)
+        } else {
+            Vec::new()
+        };
+        if !preflight || (!allowed && cors.forward_unmatched) {
+            filtered.response = headers;
+            return Ok(());
+        }
+        let reply = Reply::new(200, "").because("cors_response").adding(&headers);
+        Err(self.reply(buffers, reply).await)
+    }
+}

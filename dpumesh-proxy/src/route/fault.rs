@@ -1,0 +1,84 @@
+//! Faults injected on purpose: a delay, an answer in place of the endpoint's.
+
+use std::time::Duration;
+
+use super::{HeaderMatch, RequestView};
+
+/// `envoy.extensions.filters.http.fault.v3.HTTPFault`.
+#[derive(Debug, Default)]
+pub struct Fault {
+    /// How many requests wait, and how long.
+    pub delay: Option<(Percentage, Duration)>,
+    /// How many requests are answered with this status.
+    pub abort: Option<(Percentage, u16)>,
+    /// Only requests of which all of these hold.
+    pub headers: Vec<HeaderMatch>,
+}
+
+/// `FractionalPercent`: so many of so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Percentage {
+    /// So many.
+    pub numerator: u64,
+    /// Of so many: 100, 10 000 or 1 000 000.
+    pub denominator: u64,
+}
+
+impl Percentage {
+    /// Whether a request with this random number is among them.
+    pub fn takes(self, random: u64) -> bool {
+        random % self.denominator < self.numerator
+    }
+}
+
+impl Fault {
+    /// Whether the request is one that faults are for.
+    pub fn concerns(&self, request: &impl RequestView) -> bool {
+        self.headers.iter().all(|h| h.holds(request))
+    }
+}
+
+/// The HTTP status by which a gRPC status is told to a client that speaks plain HTTP, as in Envoy.
+pub fn status_of_grpc(code: u32) -> u16 {
+    match code {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_percentage_takes_its_share() {
+        let mut random = fastrand::Rng::with_seed(7);
+        let tenth = Percentage {
+            numerator: 100_000,
+            denominator: 1_000_000,
+        };
+        let taken = (0..100_000).filter(|_| tenth.takes(random.u64(..))).count();
+        // Three standard deviations of 100 000 draws at 10 % are 285.
+        assert!((9_715..=10_285).contains(&taken), "{taken}");
+        let all = Percentage {
+            numerator: 100,
+            denominator: 100,
+        };
+        assert!(all.takes(u64::MAX));
+        let none = Percentage {
+            numerator: 0,
+            denominator: 100,
+        };
+        assert!(!none.takes(0));
+    }
+}
