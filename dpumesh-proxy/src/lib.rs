@@ -17,6 +17,7 @@ pub mod config;
 pub mod dataplane;
 pub mod entry;
 pub mod http1;
+pub mod listener;
 pub mod program;
 pub mod rbac;
 pub mod route;

@@ -4,7 +4,7 @@
 //! the configuration files and the admin server; it opens listening sockets (inside the stack's network namespace, if
 //! there is one), swaps the configuration pointer and tells the workers. Nothing on it can hold up a request.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -17,15 +17,25 @@ use arc_swap::ArcSwap;
 use clap::{Parser, ValueEnum};
 use dpumesh_hw::netns::{Namespace, NamespaceError};
 use dpumesh_hw::stream::kernel::{self, SocketOptions};
+use dpumesh_xds::discovery::ResourceType;
 use tokio::sync::mpsc;
 
 use crate::access_log::Sinks;
 use crate::admin;
 use crate::config::ConfigError;
+use crate::config::ads;
 use crate::config::files::Files;
 use crate::config::model::Config;
 use crate::stats::{self, Registry, Shard};
+use crate::tls::Secrets;
+use crate::tls::context::{Secret, Shown};
+use crate::tls::store::Stored;
 use crate::worker::{self, Command, ListenerKey};
+
+mod stream;
+
+/// The aggregated stream's server, and the store of keys whose CSRs it relays.
+type Ads = (ads::Server, Arc<Stored>);
 
 /// How often the configuration files are looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -135,6 +145,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         stack_netns: args.stack_netns.clone(),
         drain_time: Duration::from_secs(args.drain_time_s),
         signals: true,
+        secrets: None,
     })?;
     proxy.wait();
     Ok(())
@@ -164,6 +175,9 @@ pub struct Options {
     pub drain_time: Duration,
     /// Drain on SIGTERM and SIGINT. For programs; leave it off when embedding.
     pub signals: bool,
+    /// Keys, chains and roots that the configuration names by SDS. `None`: keys are made here, and the server of the aggregated
+    /// stream relays their CSRs.
+    pub secrets: Option<Arc<dyn Secrets>>,
 }
 
 impl Options {
@@ -175,6 +189,7 @@ impl Options {
             stack_netns: None,
             drain_time: Duration::from_secs(5),
             signals: false,
+            secrets: None,
         }
     }
 }
@@ -195,6 +210,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// Access log sinks.
     pub sinks: Sinks,
+    /// Keys, chains and roots.
+    pub secrets: Arc<dyn Secrets>,
     /// What it was started with.
     pub options: Options,
     /// When it was started.
@@ -276,8 +293,15 @@ impl Proxy {
         let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
         let mut files = Files::open(&options.config_path)?;
         let config = files.load(&registry, &sinks)?;
+        let ads = files.ads_server()?;
+        let stored = Arc::new(Stored::default());
+        let secrets = options
+            .secrets
+            .clone()
+            .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
         let (quit, quits) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
+            secrets,
             config: Arc::new(ArcSwap::from_pointee(config)),
             registry,
             sinks,
@@ -301,10 +325,12 @@ impl Proxy {
             workers,
         };
         control.apply_first()?;
-        shared.state.store(State::Live as u8, Ordering::Release);
+        if ads.is_none() {
+            shared.state.store(State::Live as u8, Ordering::Release);
+        }
         let thread = std::thread::Builder::new().name("control".to_owned());
         let control = thread
-            .spawn(move || control.run(admin, quits))
+            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), quits))
             .map_err(Error::io("starting the control thread"))?;
         Ok(Self {
             shared,
@@ -396,6 +422,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             commands: receiver,
             stack_netns: shared.options.stack_netns.clone(),
             registry: Arc::clone(&shared.registry),
+            secrets: Arc::clone(&shared.secrets),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -441,7 +468,7 @@ impl Control {
         Ok(())
     }
 
-    fn run(self, admin: Option<TcpListener>, quits: mpsc::UnboundedReceiver<()>) {
+    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, quits: mpsc::UnboundedReceiver<()>) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -449,12 +476,21 @@ impl Control {
                 return;
             }
         };
-        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, quits));
+        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, quits));
     }
 
-    async fn serve(mut self, admin: Option<TcpListener>, mut quits: mpsc::UnboundedReceiver<()>) {
+    async fn serve(
+        mut self,
+        admin: Option<TcpListener>,
+        ads: Option<Ads>,
+        mut quits: mpsc::UnboundedReceiver<()>,
+    ) {
         if let Some(admin) = admin {
             tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
+        }
+        let (sender, mut updates) = mpsc::channel(1);
+        if let Some((server, stored)) = ads {
+            stream::begin(&self.shared, server, &stored, sender);
         }
         let mut signals = self.shared.options.signals.then(Signals::new).flatten();
         let mut look = tokio::time::interval(LOOK);
@@ -464,6 +500,7 @@ impl Control {
                 _ = quits.recv() => break,
                 () = Signals::next(&mut signals) => break,
                 _ = look.tick() => self.look(),
+                Some(update) = updates.recv() => self.update(update),
             }
         }
         self.drain(quits, signals).await;
@@ -476,19 +513,7 @@ impl Control {
             workers,
         } = self;
         let current = shared.config.load_full();
-        let mut accept = |config: Config| {
-            let opened = open(shared, &config).map_err(|e| {
-                let scope = shared
-                    .registry
-                    .scope("listener_manager", stats::ListenerManager::TABLE);
-                scope.inc(Shard::CONTROL, stats::ListenerManager::CreateFailure);
-                ConfigError::new("", e.to_string())
-            })?;
-            let generation = config.generation;
-            commit(shared, workers, Some(Arc::new(config)), opened);
-            tracing::info!(generation, "configuration updated");
-            Ok(())
-        };
+        let mut accept = |config: Config| take(shared, workers, config);
         let mut refused = lock(&shared.refused).clone();
         let mut tell = |file: &str, outcome: Result<(), ConfigError>| match outcome {
             Ok(()) => drop(refused.remove(file)),
@@ -501,6 +526,22 @@ impl Control {
         files.reload(&shared.registry, &shared.sinks, &current, &mut accept, &mut tell);
         refused.retain(|file, _| files.reads(file));
         *lock(&shared.refused) = refused;
+    }
+
+    /// A change from the aggregated stream.
+    fn update(&mut self, update: stream::Arrived) {
+        let Self {
+            shared,
+            files,
+            workers,
+        } = self;
+        let mut accept = |config: Config| take(shared, workers, config);
+        let applied = files.apply_ads(&update.update, &shared.registry, &shared.sinks, &mut accept);
+        if update.update.kind == ResourceType::Listener && shared.state() == State::Initializing {
+            shared.state.store(State::Live as u8, Ordering::Release);
+        }
+        // The stream is gone where this fails; what was taken stays.
+        let _ = update.answer.send(applied);
     }
 
     async fn drain(self, mut quits: mpsc::UnboundedReceiver<()>, mut signals: Option<Signals>) {
@@ -533,6 +574,21 @@ impl Control {
         }
         shared.sinks.settle();
     }
+}
+
+/// Opens what `config` listens on and makes it the one in force.
+fn take(shared: &Shared, workers: &[Running], config: Config) -> Result<(), ConfigError> {
+    let opened = open(shared, &config).map_err(|e| {
+        let scope = shared
+            .registry
+            .scope("listener_manager", stats::ListenerManager::TABLE);
+        scope.inc(Shard::CONTROL, stats::ListenerManager::CreateFailure);
+        ConfigError::new("", e.to_string())
+    })?;
+    let generation = config.generation;
+    commit(shared, workers, Some(Arc::new(config)), opened);
+    tracing::info!(generation, "configuration updated");
+    Ok(())
 }
 
 /// Opens the sockets `config` has and the proxy not yet.
@@ -591,14 +647,40 @@ fn commit(shared: &Shared, workers: &[Running], config: Option<Arc<Config>>, ope
     *lock(&shared.bound) = opened.bound;
     if let Some(config) = config {
         count_changes(shared, Some(&before), &config);
+        want_secrets(shared, &config);
         shared.config.store(config);
     } else {
         count_changes(shared, None, &before);
+        want_secrets(shared, &before);
     }
     for (worker, sockets) in workers.iter().zip(opened.sockets) {
         // A worker that is gone panicked; the others go on.
         let _ = worker.commands.send(Command::Apply(sockets));
     }
+}
+
+/// Tells the key store which names are in use.
+fn want_secrets(shared: &Shared, config: &Config) {
+    let (mut certificates, mut roots) = (BTreeSet::new(), BTreeSet::new());
+    for listener in &config.listeners {
+        for chain in listener.chains.iter().chain(&listener.default_chain) {
+            certificates.extend(chain.certificate.clone());
+            if let Some(tls) = &chain.tls {
+                certificates.extend(tls.certificate.name());
+                roots.extend(tls.roots.as_ref().and_then(Secret::name));
+            }
+        }
+    }
+    for cluster in &config.clusters {
+        let contexts = cluster.endpoints.iter().filter_map(|e| e.tls.as_ref());
+        for tls in contexts.chain(&cluster.tls) {
+            roots.extend(tls.roots.name());
+            if let Shown::Fixed(secret) = &tls.shown {
+                certificates.extend(secret.name());
+            }
+        }
+    }
+    shared.secrets.want(&certificates, &roots);
 }
 
 fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {

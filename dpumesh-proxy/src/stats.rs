@@ -168,6 +168,27 @@ members! {
         CxActive = "downstream_cx_active" Gauge,
         CxDestroy = "downstream_cx_destroy" Counter,
         NoFilterChainMatch = "no_filter_chain_match" Counter,
+        PreCxTimeout = "downstream_pre_cx_timeout" Counter,
+    }
+}
+
+members! {
+    /// `listener.PREFIX.ssl.*` and `cluster.NAME.ssl.*`: TLS of one listener or cluster.
+    Ssl {
+        Handshake = "handshake" Counter,
+        ConnectionError = "connection_error" Counter,
+        NoCertificate = "no_certificate" Counter,
+        FailVerifyNoCert = "fail_verify_no_cert" Counter,
+        FailVerifyError = "fail_verify_error" Counter,
+        FailVerifySan = "fail_verify_san" Counter,
+        ContextNotReady = "context_not_ready" Counter,
+    }
+}
+
+members! {
+    /// `control_plane.*`: the aggregated stream.
+    ControlPlane {
+        Connected = "connected_state" Gauge,
     }
 }
 

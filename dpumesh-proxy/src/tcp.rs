@@ -58,7 +58,7 @@ pub(crate) async fn relay(
                 };
                 let address = picked.endpoint.address;
                 end.upstream = Some(address);
-                match lane.connect(&picked, peer.source).await {
+                match lane.connect(&picked, &peer).await {
                     Ok(server) => break Some((picked, server)),
                     Err(failure) => {
                         end.flags = match failure {

@@ -2,7 +2,8 @@
 //!
 //! A [`Lane`] is one worker's share of a cluster; nothing in it is shared with other workers but the counters. It is
 //! rebuilt with each configuration, keeping what concerns unchanged endpoints. Pools are keyed by endpoint and, where
-//! connections leave with the client's address, by that address too.
+//! connections leave with the client's address, by that address too; with TLS also by whose certificate is shown and by the
+//! application protocols offered, so that no pod's request travels as another's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -19,14 +20,18 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use crate::config::model::{Balance, Cluster, ClusterKind};
-use crate::stats::{Cluster as Stat, Scope, Shard};
-use crate::tls::Stream;
+use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
+use crate::tls::{ClientContext, Protocols, Secrets, Stream};
+use crate::worker::Peer;
 
 /// Idle connections kept for one (endpoint, source address), at most.
 const IDLE_PER_KEY: usize = 512;
 
-/// Idle connections that leave with clients' addresses, kept per endpoint over all of them, at most.
-const IDLE_BY_SOURCE: usize = 1024;
+/// Idle connections that are not for everybody, kept per endpoint over all keys, at most.
+const IDLE_KEYED: usize = 1024;
+
+/// Why there is no connection to endpoints that speak HTTP/2 only.
+const HTTP2: &str = "the cluster speaks HTTP/2 (http2_protocol_options), which is not supported yet";
 
 /// How long a request that waits for a connection sleeps before it looks at the other workers' counters again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -37,6 +42,7 @@ pub struct Lane {
     /// The cluster.
     pub cluster: Arc<Cluster>,
     shard: Shard,
+    secrets: Arc<dyn Secrets>,
     endpoints: Vec<Rc<EndpointLane>>,
     originals: RefCell<HashMap<SocketAddr, Rc<EndpointLane>>>,
     cursor: Cell<usize>,
@@ -48,10 +54,23 @@ pub struct Lane {
 pub struct EndpointLane {
     /// Its address.
     pub address: SocketAddr,
+    /// TLS to it; `None` for plain TCP.
+    pub tls: Option<Arc<ClientContext>>,
     active: Cell<u32>,
     idle: RefCell<Vec<Pooled>>,
-    by_source: RefCell<HashMap<Origin, Vec<Pooled>>>,
-    idle_by_source: Cell<usize>,
+    keyed: RefCell<HashMap<Key, Vec<Pooled>>>,
+    idle_keyed: Cell<usize>,
+}
+
+/// What connections to one endpoint differ by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    /// The address they leave with.
+    source: Option<Origin>,
+    /// Whose certificate they show.
+    certificate: Option<Arc<str>>,
+    /// What they offer instead of the cluster's own protocols.
+    protocols: Option<Protocols>,
 }
 
 #[derive(Debug, Default)]
@@ -123,7 +142,12 @@ pub enum NoConnection {
 
 impl Lane {
     /// A worker's lane to `cluster`, taking over from `before` what still holds.
-    pub fn new(cluster: Arc<Cluster>, shard: Shard, before: Option<&Self>) -> Self {
+    pub fn new(
+        cluster: Arc<Cluster>,
+        shard: Shard,
+        secrets: Arc<dyn Secrets>,
+        before: Option<&Self>,
+    ) -> Self {
         let kept = |address: SocketAddr| {
             let endpoint = before?.endpoints.iter().find(|e| e.address == address)?;
             Some(Rc::clone(endpoint))
@@ -134,17 +158,27 @@ impl Lane {
             }
             _ => HashMap::new(),
         };
-        let endpoint = |address: SocketAddr| {
+        let endpoint = |address: SocketAddr, tls: Option<&Arc<ClientContext>>| {
             let old = if known.is_empty() {
                 kept(address)
             } else {
                 known.get(&address).map(Rc::clone)
             };
-            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address)))
+            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls));
+            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned())))
         };
-        let endpoints = cluster.endpoints.iter().map(|e| endpoint(e.address)).collect();
+        let endpoints = cluster
+            .endpoints
+            .iter()
+            .map(|e| endpoint(e.address, e.tls.as_ref()))
+            .collect();
         let originals = match before {
-            Some(lane) if cluster.kind == ClusterKind::OriginalDst => lane.originals.take(),
+            Some(lane)
+                if cluster.kind == ClusterKind::OriginalDst
+                    && same_transport(lane.cluster.tls.as_ref(), cluster.tls.as_ref()) =>
+            {
+                lane.originals.take()
+            }
             _ => HashMap::new(),
         };
         Self {
@@ -154,6 +188,7 @@ impl Lane {
             freed: before.map(|b| Rc::clone(&b.freed)).unwrap_or_default(),
             cluster,
             shard,
+            secrets,
         }
     }
 
@@ -193,22 +228,20 @@ impl Lane {
         let mut originals = self.originals.borrow_mut();
         let endpoint = originals
             .entry(address)
-            .or_insert_with(|| Rc::new(EndpointLane::new(address)));
+            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone())));
         Rc::clone(endpoint)
     }
 
     /// A pooled connection to the endpoint, if one is open and silent. `careful` asks the kernel once more.
-    pub fn take_idle(&self, picked: &Picked, source: Option<Origin>, careful: bool) -> Option<Pooled> {
+    pub fn take_idle(&self, picked: &Picked, peer: &Peer, careful: bool) -> Option<Pooled> {
+        let endpoint = &picked.endpoint;
+        let key = endpoint.key(peer);
         loop {
-            let mut pooled = match source {
-                None => picked.endpoint.idle.borrow_mut().pop()?,
-                Some(source) => {
-                    let mut pools = picked.endpoint.by_source.borrow_mut();
-                    let pooled = pools.get_mut(&source)?.pop()?;
-                    picked
-                        .endpoint
-                        .idle_by_source
-                        .set(picked.endpoint.idle_by_source.get() - 1);
+            let mut pooled = match &key {
+                None => endpoint.idle.borrow_mut().pop()?,
+                Some(key) => {
+                    let pooled = endpoint.keyed.borrow_mut().get_mut(key)?.pop()?;
+                    endpoint.idle_keyed.set(endpoint.idle_keyed.get() - 1);
                     pooled
                 }
             };
@@ -219,11 +252,11 @@ impl Lane {
         }
     }
 
-    /// Makes a connection to the endpoint, waiting where the cluster's connection limit is reached.
+    /// Makes a connection to the endpoint for `peer`, waiting where the cluster's connection limit is reached.
     ///
     /// # Errors
     /// As [`NoConnection`] says.
-    pub async fn connect(&self, picked: &Picked, source: Option<Origin>) -> Result<Pooled, NoConnection> {
+    pub async fn connect(&self, picked: &Picked, peer: &Peer) -> Result<Pooled, NoConnection> {
         self.wait_for_room(picked).await?;
         let (stats, shard) = (&self.cluster.stats, self.shard);
         stats.inc(shard, Stat::CxTotal);
@@ -233,15 +266,11 @@ impl Lane {
             shard,
             freed: Rc::clone(&self.freed),
         };
-        let attempt = timeout(
-            self.cluster.connect_timeout,
-            kernel::connect(picked.endpoint.address, source),
-        )
-        .await;
+        let attempt = timeout(self.cluster.connect_timeout, self.open(&picked.endpoint, peer)).await;
         let failure = match attempt {
             Ok(Ok(stream)) => {
                 return Ok(Pooled {
-                    stream: stream.into(),
+                    stream,
                     requests: 0,
                     since: Instant::now(),
                     _open: open,
@@ -255,6 +284,30 @@ impl Lane {
         };
         stats.inc(shard, Stat::CxConnectFail);
         Err(failure)
+    }
+
+    /// TCP, and TLS over it where the endpoint has it.
+    async fn open(&self, endpoint: &EndpointLane, peer: &Peer) -> io::Result<Stream> {
+        if self.cluster.http2 {
+            return Err(io::Error::other(HTTP2));
+        }
+        let socket = kernel::connect(endpoint.address, peer.source).await?;
+        let Some(tls) = &endpoint.tls else {
+            return Ok(Stream::Plain(socket));
+        };
+        let protocols = peer.protocols.as_ref();
+        let begun = tls.connect(&*self.secrets, &peer.connection, protocols, socket);
+        match begun.await {
+            Ok(stream) => {
+                tls.stats.inc(self.shard, Ssl::Handshake);
+                Ok(Stream::Tls(stream))
+            }
+            Err(error) => {
+                error.count(&tls.stats, self.shard);
+                tracing::debug!(cluster = %self.cluster.name, endpoint = %endpoint.address, %error, "no TLS");
+                Err(error.into_io())
+            }
+        }
     }
 
     async fn wait_for_room(&self, picked: &Picked) -> Result<(), NoConnection> {
@@ -291,7 +344,7 @@ impl Lane {
     }
 
     /// Puts a connection back that may serve again.
-    pub fn give_back(&self, picked: &Picked, source: Option<Origin>, mut pooled: Pooled) {
+    pub fn give_back(&self, picked: &Picked, peer: &Peer, mut pooled: Pooled) {
         pooled.requests += 1;
         let most = self.cluster.max_requests_per_connection;
         if most > 0 && pooled.requests >= most {
@@ -299,7 +352,7 @@ impl Lane {
             return;
         }
         pooled.since = Instant::now();
-        picked.endpoint.put(source, pooled);
+        picked.endpoint.put(picked.endpoint.key(peer), pooled);
         self.freed.wake_one();
     }
 
@@ -330,6 +383,10 @@ impl Lane {
     }
 }
 
+fn same_transport(a: Option<&Arc<ClientContext>>, b: Option<&Arc<ClientContext>>) -> bool {
+    a.map(|tls| tls.fingerprint) == b.map(|tls| tls.fingerprint)
+}
+
 /// Whether an idle connection is still open and silent. One system call.
 fn is_silent(stream: &TcpStream) -> bool {
     let peeked = SockRef::from(stream).peek(&mut [std::mem::MaybeUninit::uninit()]);
@@ -354,49 +411,67 @@ impl Drop for Waiting<'_> {
 }
 
 impl EndpointLane {
-    fn new(address: SocketAddr) -> Self {
+    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>) -> Self {
         Self {
             address,
+            tls,
             active: Cell::new(0),
             idle: RefCell::default(),
-            by_source: RefCell::default(),
-            idle_by_source: Cell::new(0),
+            keyed: RefCell::default(),
+            idle_keyed: Cell::new(0),
         }
     }
 
-    fn put(&self, source: Option<Origin>, pooled: Pooled) {
-        match source {
+    /// What a connection for `peer` may be used for again; `None` for all.
+    fn key(&self, peer: &Peer) -> Option<Key> {
+        let (mut certificate, mut protocols) = (None, None);
+        if let Some(tls) = &self.tls {
+            certificate = peer.connection.certificate.as_ref().filter(|_| tls.by_pod());
+            protocols = peer.protocols.as_ref();
+        }
+        if peer.source.is_none() && certificate.is_none() && protocols.is_none() {
+            return None;
+        }
+        Some(Key {
+            source: peer.source,
+            certificate: certificate.map(Arc::clone),
+            protocols: protocols.cloned(),
+        })
+    }
+
+    fn put(&self, key: Option<Key>, pooled: Pooled) {
+        match key {
             None => {
                 let mut idle = self.idle.borrow_mut();
                 if idle.len() < IDLE_PER_KEY {
                     idle.push(pooled);
                 }
             }
-            Some(source) => {
-                if self.idle_by_source.get() >= IDLE_BY_SOURCE {
+            Some(key) => {
+                if self.idle_keyed.get() >= IDLE_KEYED {
                     return;
                 }
-                let mut pools = self.by_source.borrow_mut();
-                let idle = pools.entry(source).or_default();
+                let mut pools = self.keyed.borrow_mut();
+                let idle = pools.entry(key).or_default();
                 if idle.len() < IDLE_PER_KEY {
                     idle.push(pooled);
-                    self.idle_by_source.set(self.idle_by_source.get() + 1);
+                    self.idle_keyed.set(self.idle_keyed.get() + 1);
                 }
             }
         }
     }
 
     fn is_empty(&self) -> bool {
-        self.idle.borrow().is_empty() && self.idle_by_source.get() == 0
+        self.idle.borrow().is_empty() && self.idle_keyed.get() == 0
     }
 
     fn close_one_idle(&self) -> bool {
         if self.idle.borrow_mut().pop().is_some() {
             return true;
         }
-        let popped = self.by_source.borrow_mut().values_mut().find_map(Vec::pop);
+        let popped = self.keyed.borrow_mut().values_mut().find_map(Vec::pop);
         if popped.is_some() {
-            self.idle_by_source.set(self.idle_by_source.get() - 1);
+            self.idle_keyed.set(self.idle_keyed.get() - 1);
         }
         popped.is_some()
     }
@@ -410,11 +485,11 @@ impl EndpointLane {
             pooled.stream.is_silent()
         };
         self.idle.borrow_mut().retain_mut(keep);
-        let mut pools = self.by_source.borrow_mut();
+        let mut pools = self.keyed.borrow_mut();
         pools.retain(|_, idle| {
             idle.retain_mut(keep);
             !idle.is_empty()
         });
-        self.idle_by_source.set(pools.values().map(Vec::len).sum());
+        self.idle_keyed.set(pools.values().map(Vec::len).sum());
     }
 }

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -28,8 +28,11 @@ use crate::http1::buffer::Buffer;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
+use crate::listener::inspect::Blind;
+use crate::listener::{Facts, Seen};
 use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
+use crate::tls::{Connection, Protocols, Secrets, Stream};
 use crate::upstream::Lane;
 
 /// Spare sets of buffers a worker keeps.
@@ -70,6 +73,8 @@ pub struct Start {
     pub stack_netns: Option<PathBuf>,
     /// Every counter.
     pub registry: Arc<Registry>,
+    /// Keys, chains and roots.
+    pub secrets: Arc<dyn Secrets>,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -93,7 +98,8 @@ pub struct Worker {
     ingress: Option<RefCell<HashMap<IngressPort, Arc<Scope>>>>,
     registry: Arc<Registry>,
     /// What is known of every plain connection.
-    plain: Arc<crate::tls::Connection>,
+    plain: Arc<Connection>,
+    secrets: Arc<dyn Secrets>,
 }
 
 /// A configuration as one worker sees it.
@@ -127,18 +133,8 @@ pub struct Buffers {
 pub struct Place {
     /// The listener.
     pub listener: Arc<Listener>,
-    /// Index of the chain, `None` for the default chain.
-    pub chain: Option<usize>,
-}
-
-impl Place {
     /// The chain.
-    pub fn chain(&self) -> Option<&FilterChain> {
-        match self.chain {
-            Some(index) => self.listener.chains.get(index),
-            None => self.listener.default_chain.as_ref(),
-        }
-    }
+    pub chain: Arc<FilterChain>,
 }
 
 /// The two ends of a client connection.
@@ -154,7 +150,9 @@ pub struct Peer {
     /// thing here that says which pod the client is without being asked to believe an address.
     pub ingress: Option<IngressPort>,
     /// Who the client is by its certificate, and whom this connection speaks for.
-    pub connection: Arc<crate::tls::Connection>,
+    pub connection: Arc<Connection>,
+    /// Application protocols that upstream TLS offers for this connection's requests, instead of the cluster's own.
+    pub protocols: Option<Protocols>,
 }
 
 #[derive(Debug, Default)]
@@ -197,7 +195,7 @@ impl Worker {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
-            program: RefCell::new(Rc::new(Program::new(config, shard, None))),
+            program: RefCell::new(Rc::new(Program::new(config, shard, &start.secrets, None))),
             generation: Cell::new(generation),
             draining: Cell::new(None),
             spare: RefCell::default(),
@@ -206,6 +204,7 @@ impl Worker {
             ingress: start.stack_netns.as_ref().map(|_| RefCell::default()),
             registry: Arc::clone(&start.registry),
             plain: Arc::default(),
+            secrets: Arc::clone(&start.secrets),
         })
     }
 
@@ -274,7 +273,7 @@ impl Worker {
     fn apply(&self, config: Arc<Config>) {
         let before = self.program();
         self.generation.set(config.generation);
-        *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, Some(&before)));
+        *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, &self.secrets, Some(&before)));
     }
 }
 
@@ -310,7 +309,7 @@ impl Drop for ByPort {
 }
 
 impl Program {
-    fn new(config: Arc<Config>, shard: Shard, before: Option<&Self>) -> Self {
+    fn new(config: Arc<Config>, shard: Shard, secrets: &Arc<dyn Secrets>, before: Option<&Self>) -> Self {
         let old: HashMap<&str, &Rc<Lane>> = match before {
             Some(before) => before
                 .lanes
@@ -321,7 +320,7 @@ impl Program {
         };
         let lane = |cluster: &Arc<crate::config::model::Cluster>| {
             let old = old.get(cluster.name.as_str()).map(|l| l.as_ref());
-            Rc::new(Lane::new(Arc::clone(cluster), shard, old))
+            Rc::new(Lane::new(Arc::clone(cluster), shard, Arc::clone(secrets), old))
         };
         let lanes = config.clusters.iter().map(lane).collect();
         Self { config, lanes }
@@ -497,33 +496,123 @@ async fn connection(
     }
     let (stats, shard) = (Arc::clone(&listener.stats), worker.shard);
     stats.inc(shard, stats::Listener::CxTotal);
-    let Some(chain) = listener.chain(remote, local) else {
+    let Some(seen) = first_octets(&worker, &entry, &listener, &stream, local.port()).await else {
+        return;
+    };
+    let facts = Facts {
+        source: remote,
+        destination: local,
+        seen: &seen,
+    };
+    let Some(chain) = listener.chain(&facts).map(Arc::clone) else {
         stats.inc(shard, stats::Listener::NoFilterChainMatch);
         return;
     };
-    let terminal = chain.terminal.clone();
-    let chain = listener.chains.iter().position(|c| std::ptr::eq(c, chain));
-    let source = listener.original_src.map(|o| Origin {
-        ip: remote.ip(),
-        mark: o.mark,
-    });
     let ingress = worker.ingress(&listener, &stream);
+    let Some((stream, connection)) = terminate(&worker, &chain, stream, &seen).await else {
+        return;
+    };
+    let terminal = chain.terminal.clone();
     let peer = Peer {
         remote,
         local,
-        source,
+        source: listener.original_src.map(|o| Origin {
+            ip: remote.ip(),
+            mark: o.mark,
+        }),
         ingress,
-        connection: Arc::clone(&worker.plain),
+        connection,
+        protocols: match &terminal {
+            Terminal::Http(manager) => manager.policy.upstream_protocols.clone().map(Protocols),
+            Terminal::Tcp(_) => None,
+        },
     };
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
     match terminal {
         Terminal::Http(manager) => {
             let place = Place { listener, chain };
-            serve::serve(worker, program, entry, stream.into(), peer, place, manager).await;
+            serve::serve(worker, program, entry, stream, peer, place, manager).await;
         }
-        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream.into(), peer, proxy).await,
+        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, proxy).await,
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);
+}
+
+/// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.
+async fn first_octets(
+    worker: &Worker,
+    entry: &Entry,
+    listener: &Listener,
+    stream: &TcpStream,
+    port: u16,
+) -> Option<Seen> {
+    if !listener.inspectors.look_at(port) {
+        return Some(Seen::default());
+    }
+    let look = std::pin::pin!(listener.inspectors.look(stream, port));
+    let looked = until_drained(worker, entry, look).await?;
+    match looked {
+        Ok(seen) => Some(seen),
+        Err(Blind::TimedOut) => {
+            listener.stats.inc(worker.shard, stats::Listener::PreCxTimeout);
+            None
+        }
+        Err(Blind::Lost(_)) => None,
+    }
+}
+
+/// Awaits `what` unless the worker drains: before its chain is known, a connection has nothing to finish.
+async fn until_drained<F: Future + Unpin>(worker: &Worker, entry: &Entry, mut what: F) -> Option<F::Output> {
+    std::future::poll_fn(|cx| {
+        if let Poll::Ready(done) = std::pin::Pin::new(&mut what).poll(cx) {
+            return Poll::Ready(Some(done));
+        }
+        entry.wake_by(cx.waker());
+        match worker.draining() {
+            Some((idle, _)) if Instant::now() >= idle => Poll::Ready(None),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Ends TLS where the chain has it; what is known of the connection then. `None` where the handshake failed.
+async fn terminate(
+    worker: &Worker,
+    chain: &FilterChain,
+    socket: TcpStream,
+    seen: &Seen,
+) -> Option<(Stream, Arc<Connection>)> {
+    let shard = worker.shard;
+    let Some(tls) = &chain.tls else {
+        if chain.certificate.is_none() && seen.server_name.is_empty() {
+            return Some((socket.into(), Arc::clone(&worker.plain)));
+        }
+        let connection = Connection {
+            certificate: chain.certificate.clone(),
+            server_name: Some(&*seen.server_name).filter(|n| !n.is_empty()).map(Arc::from),
+            ..Connection::default()
+        };
+        return Some((socket.into(), Arc::new(connection)));
+    };
+    let mut known = Connection {
+        certificate: chain.certificate.clone(),
+        ..Connection::default()
+    };
+    match tls.accept(&*worker.secrets, socket, &mut known).await {
+        Ok(stream) => {
+            tls.stats.inc(shard, stats::Ssl::Handshake);
+            if known.peer.is_none() {
+                tls.stats.inc(shard, stats::Ssl::NoCertificate);
+            }
+            Some((Stream::Tls(stream), Arc::new(known)))
+        }
+        Err(error) => {
+            error.count(&tls.stats, shard);
+            tracing::debug!(chain = %chain.name, %error, "no TLS");
+            None
+        }
+    }
 }

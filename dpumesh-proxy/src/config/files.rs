@@ -8,14 +8,19 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use dpumesh_xds::client::{Applied, Update};
+
 use super::ConfigError;
+use super::ads::{self, AdsResources};
 use super::model::{Config, Dump, Node};
 use super::schema::{At, unpack_any, value_to_message};
 use super::support;
 use super::text::text_to_value;
-use super::translate::{Context, WatchedFile, socket_address, source_file};
+use super::translate::{ADS, Context, WatchedFile, socket_address, source_file};
+use super::translate_tls::StaticSecrets;
 use crate::access_log::Sinks;
 use crate::stats::{self, Registry, Shard, Subscription};
 
@@ -23,7 +28,7 @@ type Result<T> = std::result::Result<T, ConfigError>;
 
 /// What a file is read for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Service {
+pub(super) enum Service {
     Lds,
     Cds,
     Rds,
@@ -31,7 +36,7 @@ enum Service {
 }
 
 impl Service {
-    fn resource(self) -> &'static str {
+    pub(super) fn resource(self) -> &'static str {
         match self {
             Self::Lds => "envoy.config.listener.v3.Listener",
             Self::Cds => "envoy.config.cluster.v3.Cluster",
@@ -40,7 +45,7 @@ impl Service {
         }
     }
 
-    fn noun(self) -> &'static str {
+    pub(super) fn noun(self) -> &'static str {
         match self {
             Self::Lds => "listener",
             Self::Cds => "cluster",
@@ -49,7 +54,7 @@ impl Service {
         }
     }
 
-    fn name_field(self) -> &'static str {
+    pub(super) fn name_field(self) -> &'static str {
         if self == Self::Eds { "cluster_name" } else { "name" }
     }
 }
@@ -57,8 +62,14 @@ impl Service {
 /// The content of an xDS file.
 #[derive(Debug, Clone)]
 struct Resources {
-    version: String,
-    items: Vec<At>,
+    items: Vec<Arc<Item>>,
+}
+
+/// A resource with its version.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) at: At,
+    pub(super) version: String,
 }
 
 /// What tells one state of a file on disk from another.
@@ -82,6 +93,7 @@ struct Known {
 pub struct Files {
     bootstrap: At,
     known: BTreeMap<(Service, String), Known>,
+    pub(super) ads: AdsResources,
     generation: u64,
 }
 
@@ -107,6 +119,7 @@ impl Files {
         Ok(Self {
             bootstrap: At::new(message, ""),
             known: BTreeMap::new(),
+            ads: AdsResources::default(),
             generation: 0,
         })
     }
@@ -136,7 +149,14 @@ impl Files {
             fresh.insert(key, (stamp, resources.clone()));
             Ok(resources)
         };
-        let config = compile(&self.bootstrap, self.generation + 1, registry, sinks, &mut read)?;
+        let config = compile(
+            &self.bootstrap,
+            self.generation + 1,
+            registry,
+            sinks,
+            &self.ads,
+            &mut read,
+        )?;
         for (key, (stamp, resources)) in fresh {
             count(registry, &config, key.0, &key.1, true);
             self.known.insert(
@@ -189,6 +209,77 @@ impl Files {
             tell(&path, tried);
         }
         any
+    }
+
+    /// Where the aggregated stream comes from, if the bootstrap names one.
+    ///
+    /// # Errors
+    /// It is named in a way that is not supported.
+    pub fn ads_server(&self) -> Result<Option<ads::Server>> {
+        ads::server(&self.bootstrap)
+    }
+
+    /// Tries a change that the aggregated stream brought; resources at fault are left out one by one, with all others
+    /// taking effect. What it takes, and what is wanted from now on, goes back to the stream.
+    pub fn apply_ads(
+        &mut self,
+        update: &Update,
+        registry: &Registry,
+        sinks: &Sinks,
+        accept: &mut dyn FnMut(Config) -> Result<()>,
+    ) -> Applied {
+        let mut rejected = Vec::new();
+        let Some(mut change) = ads::Change::read(update, &mut rejected) else {
+            return Applied::default();
+        };
+        loop {
+            let tried = self.ads.with(&change);
+            match self.try_ads(&tried, registry, sinks, accept) {
+                Ok(()) => {
+                    self.ads = tried;
+                    break;
+                }
+                Err(error) => {
+                    if !change.reject(&error, &mut rejected) {
+                        break;
+                    }
+                }
+            }
+        }
+        ads::count(registry, change.service, rejected.is_empty());
+        Applied {
+            rejected,
+            wanted: self.ads.wanted(),
+        }
+    }
+
+    fn try_ads(
+        &mut self,
+        tried: &AdsResources,
+        registry: &Registry,
+        sinks: &Sinks,
+        accept: &mut dyn FnMut(Config) -> Result<()>,
+    ) -> Result<()> {
+        let known = &self.known;
+        let mut read = |service: Service, file: &WatchedFile| match known.get(&(service, file.path.clone())) {
+            Some(known) => Ok(known.good.clone()),
+            // A cluster or listener of the stream may not name files: their contents are not watched.
+            None => Err(ConfigError::new(
+                "",
+                "a resource of the aggregated stream names a file",
+            )),
+        };
+        let config = compile(
+            &self.bootstrap,
+            self.generation + 1,
+            registry,
+            sinks,
+            tried,
+            &mut read,
+        )?;
+        accept(config)?;
+        self.generation += 1;
+        Ok(())
     }
 
     /// Whether the configuration in force reads this file.
@@ -244,7 +335,14 @@ impl Files {
             used.insert((service, file.path.clone()));
             read(service, file)
         };
-        let config = compile(&self.bootstrap, self.generation + 1, registry, sinks, &mut note)?;
+        let config = compile(
+            &self.bootstrap,
+            self.generation + 1,
+            registry,
+            sinks,
+            &self.ads,
+            &mut note,
+        )?;
         accept(config)?;
         for (key, (stamp, good)) in fresh {
             self.known.insert(
@@ -355,14 +453,20 @@ fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
         }
         items.push(item);
     }
+    let version = response.text("version_info");
     for (field, _) in response.message.fields() {
         if !["version_info", "resources", "type_url", "nonce"].contains(&field.name()) {
             return Err(response.refuse(field.name(), "is not supported yet"));
         }
     }
+    let item = |at| {
+        Arc::new(Item {
+            at,
+            version: version.clone(),
+        })
+    };
     Ok(Resources {
-        version: response.text("version_info"),
-        items,
+        items: items.into_iter().map(item).collect(),
     })
 }
 
@@ -385,8 +489,8 @@ fn name_resource(error: ConfigError, service: Service, value: &serde_json::Value
     }
 }
 
-/// A resource, and for dynamic ones the version and the file.
-type Gathered = (At, Option<String>, Option<String>);
+/// A resource; for dynamic ones the file it comes from.
+type Gathered = (Arc<Item>, Option<String>);
 
 type Read<'a> = &'a mut dyn FnMut(Service, &WatchedFile) -> Result<Resources>;
 
@@ -395,6 +499,7 @@ fn compile(
     generation: u64,
     registry: &Registry,
     sinks: &Sinks,
+    ads: &AdsResources,
     read: Read<'_>,
 ) -> Result<Config> {
     let fixed = bootstrap.message("static_resources");
@@ -405,17 +510,19 @@ fn compile(
     };
     let mut gather = |service: Service, field: &str, source: &str| -> Result<Vec<Gathered>> {
         let listed = fixed.iter().flat_map(|f| f.messages(field));
-        let mut all: Vec<_> = listed.map(|at| (at, None, None)).collect();
+        let fixed = |at| {
+            let version = String::new();
+            (Arc::new(Item { at, version }), None)
+        };
+        let mut all: Vec<_> = listed.map(fixed).collect();
         if let Some(source) = dynamic.as_ref().and_then(|d| d.message(source)) {
             let file = source_file(&source)?;
-            let resources = read(service, &file)?;
-            let version = resources.version;
-            all.extend(
-                resources
-                    .items
-                    .into_iter()
-                    .map(|at| (at, Some(version.clone()), Some(file.path.clone()))),
-            );
+            let items = if file.path == ADS {
+                ads.in_force(service)
+            } else {
+                read(service, &file)?.items
+            };
+            all.extend(items.into_iter().map(|item| (item, Some(file.path.clone()))));
         }
         Ok(all)
     };
@@ -427,8 +534,11 @@ fn compile(
         clusters: HashMap::new(),
         rds: HashMap::new(),
         eds: HashMap::new(),
+        secrets: StaticSecrets::read(fixed.as_ref())?,
     };
-    for (index, (cluster, _, file)) in clusters.iter().enumerate() {
+    ads.endpoints_and_routes(&mut context, &mut dump);
+    for (index, (item, file)) in clusters.iter().enumerate() {
+        let cluster = &item.at;
         let name = cluster.text("name");
         if context.clusters.insert(name.clone(), index).is_some() {
             return Err(from(
@@ -442,28 +552,30 @@ fn compile(
             .map_err(|e| from(e, "cluster", &name, file.as_ref()))?;
     }
     let mut compiled = Vec::new();
-    for (at, version, file) in &clusters {
+    for (item, file) in &clusters {
+        let at = &item.at;
         let name = at.text("name");
-        let cluster = context.cluster(at, version.is_some());
+        let cluster = context.cluster(at, file.is_some());
         compiled.push(cluster.map_err(|e| from(e, "cluster", &name, file.as_ref()))?);
-        match version {
-            Some(version) => dump.dynamic_clusters.push((version.clone(), json(at))),
+        match file {
+            Some(_) => dump.dynamic_clusters.push((item.version.clone(), json(at))),
             None => dump.static_clusters.push(json(at)),
         }
     }
     let mut names = HashSet::new();
     let mut compiled_listeners = Vec::new();
-    for (at, version, file) in &listeners {
+    for (item, file) in &listeners {
+        let at = &item.at;
         let name = at.text("name");
         let wrap = |e| from(e, "listener", &name, file.as_ref());
         read_routes(&mut context, &mut dump, at, read).map_err(wrap)?;
-        let listener = context.listener(at, version.is_some()).map_err(wrap)?;
+        let listener = context.listener(at, file.is_some()).map_err(wrap)?;
         if !names.insert(listener.name.clone()) {
             return Err(wrap(at.refuse("name", "appears twice")));
         }
         compiled_listeners.push(listener);
-        match version {
-            Some(version) => dump.dynamic_listeners.push((version.clone(), json(at))),
+        match file {
+            Some(_) => dump.dynamic_listeners.push((item.version.clone(), json(at))),
             None => dump.static_listeners.push(json(at)),
         }
     }
@@ -489,6 +601,7 @@ fn compile(
 /// Says which file and resource an error of a dynamic resource comes from; static ones speak by their path.
 fn from(error: ConfigError, noun: &str, name: &str, file: Option<&String>) -> ConfigError {
     match file {
+        Some(file) if file == ADS => error.in_resource(format!("{noun} {name:?}")),
         Some(file) => error.in_resource(format!("{noun} {name:?}")).in_file(file),
         None => error,
     }
@@ -509,11 +622,13 @@ fn read_endpoints(
     };
     let file = source_file(&source)?;
     dump.eds_files.push((file.path.clone(), index));
-    let resources = read(Service::Eds, &file)?;
-    for item in resources.items {
-        let key = (file.path.clone(), item.text("cluster_name"));
+    if file.path == ADS {
+        return Ok(());
+    }
+    for item in read(Service::Eds, &file)?.items {
+        let key = (file.path.clone(), item.at.text("cluster_name"));
         if let Entry::Vacant(entry) = context.eds.entry(key) {
-            dump.endpoints.push((resources.version.clone(), json(&item)));
+            dump.endpoints.push((item.version.clone(), json(&item.at)));
             entry.insert(item);
         }
     }
@@ -542,11 +657,13 @@ fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: 
         let name = rds.text("route_config_name");
         let scope = format!("http.{}.rds.{name}", config.text("stat_prefix"));
         dump.rds_files.push((file.path.clone(), scope));
-        let resources = read(Service::Rds, &file)?;
-        for item in resources.items {
-            let key = (file.path.clone(), item.text("name"));
+        if file.path == ADS {
+            continue;
+        }
+        for item in read(Service::Rds, &file)?.items {
+            let key = (file.path.clone(), item.at.text("name"));
             if let Entry::Vacant(entry) = context.rds.entry(key) {
-                dump.dynamic_routes.push((resources.version.clone(), json(&item)));
+                dump.dynamic_routes.push((item.version.clone(), json(&item.at)));
                 entry.insert(item);
             }
         }
@@ -554,7 +671,7 @@ fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: 
     Ok(())
 }
 
-fn json(at: &At) -> serde_json::Value {
+pub(super) fn json(at: &At) -> serde_json::Value {
     let options = prost_reflect::SerializeOptions::new().use_proto_field_name(true);
     at.message
         .serialize_with_options(serde_json::value::Serializer, &options)

@@ -6,6 +6,7 @@
 //! [`files::Files`] holds the last good text of every file; a change is tried as a whole and takes effect as a whole, or
 //! not at all.
 
+pub mod ads;
 pub mod files;
 mod http_filters;
 pub mod model;
@@ -15,6 +16,8 @@ mod route_policy;
 pub mod support;
 mod text;
 mod translate;
+mod translate_matcher;
 mod translate_route;
+mod translate_tls;
 
 pub use dpumesh_xds::schema::{self, ConfigError};

@@ -13,8 +13,10 @@ use ipnet::IpNet;
 
 use crate::access_log::AccessLog;
 use crate::http1::policy::HttpPolicy;
+use crate::listener::{Facts, Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::Scope;
+use crate::tls::{ClientContext, ServerContext};
 
 /// One complete configuration.
 #[derive(Debug)]
@@ -131,14 +133,20 @@ pub struct Listener {
     pub original_dst: bool,
     /// `envoy.filters.listener.original_src`: upstream connections leave with the client's address.
     pub original_src: Option<OriginalSrc>,
-    /// Chains with a match.
-    pub chains: Vec<FilterChain>,
+    /// Which connections are looked into before their chain is chosen.
+    pub inspectors: Inspectors,
+    /// `filter_chain_matcher`: leads to the index of a chain, instead of the chains' own matches.
+    pub matcher: Option<Matcher<usize>>,
+    /// Chains.
+    pub chains: Vec<Arc<FilterChain>>,
     /// The chain for connections that match none.
-    pub default_chain: Option<FilterChain>,
+    pub default_chain: Option<Arc<FilterChain>>,
     /// Logs of the connections that match no chain.
     pub access_log: Vec<Arc<AccessLog>>,
     /// Of everything in the listener's own message: equal hash, same listener.
     pub fingerprint: u64,
+    /// Of its message without the chains and what chooses among them: while it is the same, connections on unchanged chains go on.
+    pub frame: u64,
     /// `listener.ADDRESS.*`
     pub stats: Arc<Scope>,
     /// Whether it came by LDS.
@@ -159,6 +167,14 @@ pub struct FilterChain {
     pub name: String,
     /// Which connections it takes.
     pub matcher: ChainMatch,
+    /// Of the whole message: equal hash, same chain.
+    pub fingerprint: u64,
+    /// TLS that clients begin; `None` for plain TCP.
+    pub tls: Option<Arc<ServerContext>>,
+    /// Name of the certificate that upstream TLS shows for its connections.
+    pub certificate: Option<Arc<str>>,
+    /// `envoy.filters.network.rbac`: rules that a connection must pass at its first octet.
+    pub rbac: Vec<crate::rbac::Filter>,
     /// What it does with them.
     pub terminal: Terminal,
 }
@@ -170,6 +186,12 @@ pub struct ChainMatch {
     pub destination_port: Option<u16>,
     /// Destination prefixes; empty is any.
     pub destination: Vec<IpNet>,
+    /// Server names (`*.example.com` for all below); empty is any.
+    pub server_names: Vec<String>,
+    /// What carries the connection; `None` is any.
+    pub transport: Option<Transport>,
+    /// Application protocols; empty is any.
+    pub protocols: Vec<String>,
     /// Source prefixes; empty is any.
     pub source: Vec<IpNet>,
     /// Source ports; empty is any.
@@ -280,10 +302,14 @@ pub struct Cluster {
     pub limits: Limits,
     /// All endpoints, in order, those that are not healthy too.
     pub endpoints: Vec<Endpoint>,
+    /// TLS to addresses that are no endpoint of the list (original destinations).
+    pub tls: Option<Arc<ClientContext>>,
     /// The order in which round robin takes the healthy ones (indices into `endpoints`, repeated by weight).
     pub schedule: Vec<u32>,
     /// `cluster.NAME.*`
     pub stats: Arc<Scope>,
+    /// Whether its endpoints speak HTTP/2 only, which this proxy does not: no connection is made.
+    pub http2: bool,
     /// Whether it came by CDS.
     pub dynamic: bool,
 }
@@ -324,7 +350,7 @@ pub struct Limits {
 }
 
 /// One endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Endpoint {
     /// Its address.
     pub address: SocketAddr,
@@ -332,18 +358,50 @@ pub struct Endpoint {
     pub weight: u32,
     /// Whether it takes requests.
     pub healthy: bool,
+    /// TLS to it; `None` for plain TCP.
+    pub tls: Option<Arc<ClientContext>>,
 }
 
+impl PartialEq for Endpoint {
+    fn eq(&self, other: &Self) -> bool {
+        let own = |e: &Self| {
+            (
+                e.address,
+                e.weight,
+                e.healthy,
+                e.tls.as_ref().map(|t| t.fingerprint),
+            )
+        };
+        own(self) == own(other)
+    }
+}
+
+impl Eq for Endpoint {}
+
 impl Listener {
-    /// The chain that takes a connection, by Envoy's order: destination port, destination prefix, source prefix, source
-    /// port; the most specific match at each step decides for good (there is no way back from a step).
-    pub fn chain(&self, source: SocketAddr, destination: SocketAddr) -> Option<&FilterChain> {
-        let mut left: Vec<&FilterChain> = self.chains.iter().collect();
+    /// The chain that takes a connection: by the matcher tree where there is one, else by the chains' own matches, in Envoy's
+    /// order: destination port, destination prefix, server name, transport, application protocol, source prefix, source port; the most
+    /// specific match at each step decides for good (there is no way back from a step).
+    pub fn chain(&self, facts: &Facts<'_>) -> Option<&Arc<FilterChain>> {
+        if let Some(matcher) = &self.matcher {
+            let found = matcher.find(facts).and_then(|index| self.chains.get(*index));
+            return found.or(self.default_chain.as_ref());
+        }
+        let (source, destination, seen) = (facts.source, facts.destination, facts.seen);
+        let mut left: Vec<&Arc<FilterChain>> = self.chains.iter().collect();
         let port = destination.port();
         narrow(&mut left, |m| {
             rank(m.destination_port.is_none(), m.destination_port == Some(port), 1)
         });
         narrow(&mut left, |m| longest(&m.destination, destination.ip()));
+        narrow(&mut left, |m| best_name(&m.server_names, &seen.server_name));
+        narrow(&mut left, |m| {
+            rank(m.transport.is_none(), m.transport == Some(seen.transport), 1)
+        });
+        narrow(&mut left, |m| {
+            let offered = |p: &String| seen.offers(p);
+            rank(m.protocols.is_empty(), m.protocols.iter().any(offered), 1)
+        });
         narrow(&mut left, |m| longest(&m.source, source.ip()));
         narrow(&mut left, |m| {
             rank(
@@ -354,16 +412,45 @@ impl Listener {
         });
         left.first().copied().or(self.default_chain.as_ref())
     }
+
+    /// The chain here that is the same as `chain` of this listener before it was changed.
+    pub fn same_chain(&self, before: &Self, chain: &FilterChain) -> Option<&Arc<FilterChain>> {
+        if self.frame != before.frame {
+            return None;
+        }
+        let mut chains = self.chains.iter().chain(&self.default_chain);
+        chains.find(|c| c.fingerprint == chain.fingerprint && c.name == chain.name)
+    }
 }
 
 /// Keeps the chains of the highest rank; `None` does not match.
-fn narrow(left: &mut Vec<&FilterChain>, rank: impl Fn(&ChainMatch) -> Option<u16>) {
+fn narrow(left: &mut Vec<&Arc<FilterChain>>, rank: impl Fn(&ChainMatch) -> Option<u16>) {
     let best = left.iter().filter_map(|c| rank(&c.matcher)).max();
     left.retain(|c| best.is_some() && rank(&c.matcher) == best);
 }
 
 fn rank(any: bool, hit: bool, specific: u16) -> Option<u16> {
     if any { Some(0) } else { hit.then_some(specific) }
+}
+
+/// 0 for "any", more for a longer wildcard, most for the name itself.
+fn best_name(names: &[String], asked: &str) -> Option<u16> {
+    if names.is_empty() {
+        return Some(0);
+    }
+    let below = |name: &str| {
+        let suffix = name.strip_prefix('*')?;
+        (suffix.len() < asked.len() && asked.ends_with(suffix))
+            .then(|| u16::try_from(suffix.len()).unwrap_or(u16::MAX - 1))
+    };
+    let rank = |name: &String| {
+        if name == asked {
+            Some(u16::MAX)
+        } else {
+            below(name)
+        }
+    };
+    names.iter().filter_map(rank).max()
 }
 
 /// 0 for "any", 1 + prefix length for the longest prefix that holds `ip`.
@@ -446,6 +533,7 @@ mod tests {
                 address,
                 weight: *w,
                 healthy: *w > 0,
+                tls: None,
             })
             .collect()
     }

@@ -18,17 +18,23 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.bootstrap.v3.Bootstrap.StaticResources",
-        &["listeners", "clusters"],
+        &["listeners", "clusters", "secrets"],
     ),
     (
         "envoy.config.bootstrap.v3.Bootstrap.DynamicResources",
-        &["lds_config", "cds_config"],
+        &["lds_config", "cds_config", "ads_config"],
     ),
     ("envoy.config.bootstrap.v3.Admin", &["address"]),
     ("envoy.config.core.v3.Node", &["id", "cluster"]),
     (
         "envoy.config.core.v3.ConfigSource",
-        &["path", "path_config_source", "resource_api_version"],
+        &[
+            "path",
+            "path_config_source",
+            "resource_api_version",
+            "ads",
+            "api_config_source",
+        ],
     ),
     (
         "envoy.config.core.v3.PathConfigSource",
@@ -64,16 +70,25 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "enable_reuse_port",
             "tcp_backlog_size",
             "access_log",
+            "filter_chain_matcher",
+            "listener_filters_timeout",
+            "continue_on_listener_filters_timeout",
         ],
     ),
     ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
     (
         "envoy.config.listener.v3.ListenerFilter",
-        &["name", "typed_config"],
+        &["name", "typed_config", "filter_disabled"],
     ),
     (
         "envoy.config.listener.v3.FilterChain",
-        &["name", "filter_chain_match", "filters"],
+        &[
+            "name",
+            "filter_chain_match",
+            "filters",
+            "transport_socket",
+            "transport_socket_connect_timeout",
+        ],
     ),
     (
         "envoy.config.listener.v3.FilterChainMatch",
@@ -82,6 +97,9 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "prefix_ranges",
             "source_prefix_ranges",
             "source_ports",
+            "server_names",
+            "transport_protocol",
+            "application_protocols",
         ],
     ),
     (
@@ -323,11 +341,15 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-        &["common_http_protocol_options", "explicit_http_config"],
+        &[
+            "common_http_protocol_options",
+            "explicit_http_config",
+            "use_downstream_protocol_config",
+        ],
     ),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",
-        &["http_protocol_options"],
+        &["http_protocol_options", "http2_protocol_options"],
     ),
     (
         "envoy.config.route.v3.RouteConfiguration",
@@ -486,6 +508,8 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "http_protocol_options",
             "max_requests_per_connection",
             "typed_extension_protocol_options",
+            "transport_socket",
+            "transport_socket_matches",
         ],
     ),
     (
@@ -513,7 +537,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.endpoint.v3.LbEndpoint",
-        &["endpoint", "health_status", "load_balancing_weight"],
+        &["endpoint", "health_status", "load_balancing_weight", "metadata"],
     ),
     ("envoy.config.endpoint.v3.Endpoint", &["address"]),
     ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
@@ -533,6 +557,220 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.config.core.v3.SubstitutionFormatString",
         &["text_format", "text_format_source"],
     ),
+    (
+        "envoy.config.listener.v3.ListenerFilterChainMatchPredicate",
+        &["or_match", "any_match", "destination_port_range"],
+    ),
+    (
+        "envoy.config.listener.v3.ListenerFilterChainMatchPredicate.MatchSet",
+        &["rules"],
+    ),
+    ("envoy.type.v3.Int32Range", &["start", "end"]),
+    (
+        "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+        &[],
+    ),
+    (
+        "envoy.extensions.filters.listener.http_inspector.v3.HttpInspector",
+        &[],
+    ),
+    (
+        "envoy.extensions.filters.network.set_filter_state.v3.Config",
+        &["on_new_connection"],
+    ),
+    (
+        "envoy.extensions.filters.common.set_filter_state.v3.FilterStateValue",
+        &[
+            "object_key",
+            "factory_key",
+            "format_string",
+            "shared_with_upstream",
+        ],
+    ),
+    (
+        "xds.type.matcher.v3.Matcher",
+        &["matcher_list", "matcher_tree", "on_no_match"],
+    ),
+    ("xds.type.matcher.v3.Matcher.OnMatch", &["matcher", "action"]),
+    ("xds.type.matcher.v3.Matcher.MatcherList", &["matchers"]),
+    (
+        "xds.type.matcher.v3.Matcher.MatcherList.FieldMatcher",
+        &["predicate", "on_match"],
+    ),
+    (
+        "xds.type.matcher.v3.Matcher.MatcherList.Predicate",
+        &["single_predicate", "or_matcher", "and_matcher", "not_matcher"],
+    ),
+    (
+        "xds.type.matcher.v3.Matcher.MatcherList.Predicate.SinglePredicate",
+        &["input", "value_match"],
+    ),
+    (
+        "xds.type.matcher.v3.Matcher.MatcherList.Predicate.PredicateList",
+        &["predicate"],
+    ),
+    (
+        "xds.type.matcher.v3.Matcher.MatcherTree",
+        &["input", "exact_match_map", "prefix_match_map", "custom_match"],
+    ),
+    ("xds.type.matcher.v3.Matcher.MatcherTree.MatchMap", &["map"]),
+    (
+        "xds.type.matcher.v3.StringMatcher",
+        &[
+            "exact",
+            "prefix",
+            "suffix",
+            "contains",
+            "safe_regex",
+            "ignore_case",
+        ],
+    ),
+    ("xds.type.matcher.v3.RegexMatcher", &["regex"]),
+    ("xds.type.matcher.v3.IPMatcher", &["range_matchers"]),
+    (
+        "xds.type.matcher.v3.IPMatcher.IPRangeMatcher",
+        &["ranges", "on_match", "exclusive"],
+    ),
+    ("xds.core.v3.TypedExtensionConfig", &["name", "typed_config"]),
+    ("xds.core.v3.CidrRange", &["address_prefix", "prefix_len"]),
+    (
+        "envoy.config.core.v3.TypedExtensionConfig",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.DestinationPortInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.SourcePortInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.DestinationIPInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.SourceIPInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.DirectSourceIPInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.ServerNameInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.TransportProtocolInput",
+        &[],
+    ),
+    (
+        "envoy.extensions.matching.common_inputs.network.v3.ApplicationProtocolInput",
+        &[],
+    ),
+    ("envoy.config.core.v3.TransportSocket", &["name", "typed_config"]),
+    (
+        "envoy.config.cluster.v3.Cluster.TransportSocketMatch",
+        &["name", "match", "transport_socket"],
+    ),
+    ("envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer", &[]),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        &[
+            "common_tls_context",
+            "require_client_certificate",
+            "require_sni",
+            "full_scan_certs_on_sni_mismatch",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        &[
+            "common_tls_context",
+            "sni",
+            "auto_host_sni",
+            "auto_sni_san_validation",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext",
+        &[
+            "tls_params",
+            "tls_certificates",
+            "tls_certificate_sds_secret_configs",
+            "custom_tls_certificate_selector",
+            "validation_context",
+            "validation_context_sds_secret_config",
+            "combined_validation_context",
+            "alpn_protocols",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext",
+        &[
+            "default_validation_context",
+            "validation_context_sds_secret_config",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.TlsParameters",
+        &[
+            "tls_minimum_protocol_version",
+            "tls_maximum_protocol_version",
+            "cipher_suites",
+            "ecdh_curves",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext",
+        &[
+            "trusted_ca",
+            "match_typed_subject_alt_names",
+            "match_subject_alt_names",
+            "trust_chain_verification",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher",
+        &["san_type", "matcher"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.TlsCertificate",
+        &["certificate_chain", "private_key"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig",
+        &["name", "sds_config"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.Secret",
+        &["name", "tls_certificate", "validation_context"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.cert_selectors.on_demand_secret.v3.Config",
+        &["config_source", "certificate_mapper"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.cert_mappers.filter_state_override.v3.Config",
+        &["default_value"],
+    ),
+    (
+        "envoy.config.core.v3.ApiConfigSource",
+        &["api_type", "transport_api_version", "grpc_services"],
+    ),
+    ("envoy.config.core.v3.GrpcService", &["envoy_grpc"]),
+    ("envoy.config.core.v3.GrpcService.EnvoyGrpc", &["cluster_name"]),
+    ("envoy.config.core.v3.AggregatedConfigSource", &[]),
+    (
+        "envoy.config.core.v3.Metadata",
+        &["filter_metadata", "typed_filter_metadata"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
+        &["http_protocol_options"],
+    ),
+    ("envoy.config.core.v3.Http2ProtocolOptions", &[]),
 ];
 
 /// Fields that are accepted and change nothing here: message, field, why that is safe.
@@ -694,11 +932,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "clusters that ask DNS are refused",
     ),
     (
-        "envoy.config.endpoint.v3.LbEndpoint",
-        "metadata",
-        "no filter and no subset reads it",
-    ),
-    (
         "envoy.config.endpoint.v3.Endpoint",
         "hostname",
         "used by DNS clusters and health checks only",
@@ -723,6 +956,52 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "nonce",
         "no acknowledgement goes out for a file",
     ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
+        "http2_protocol_options",
+        "clients speak HTTP/1.1 here, so endpoints are spoken to in HTTP/1.1",
+    ),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        "max_concurrent_streams",
+        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
+    ),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        "initial_stream_window_size",
+        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
+    ),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        "initial_connection_window_size",
+        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
+    ),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        "connection_keepalive",
+        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        "cleanup_interval",
+        "unused original destinations are dropped when their last connection is",
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster",
+        "outlier_detection",
+        "endpoints are not ejected: a failing one is left by retries only",
+    ),
+    (
+        "envoy.config.core.v3.ApiConfigSource",
+        "set_node_on_first_message_only",
+        "the node goes with the first message only",
+    ),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
+        "weighted_priority_health",
+        "spreads load over priorities; only priority 0 is accepted",
+    ),
+    ("envoy.config.cluster.v3.CircuitBreakers.Thresholds", "max_retries", "a request is retried at most as often as its route says"),
 ];
 
 /// Refuses every set field of `message` (and of all it contains) that is in neither list.

@@ -8,10 +8,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use prost::Message as _;
+use prost_reflect::Value;
 
 use dpumesh_hw::stream::kernel::SocketOptions;
 
 use super::ConfigError;
+use super::files::Item;
 use super::http_filters;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
@@ -19,12 +21,15 @@ use super::model::{
     TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
 use super::schema::At;
-use super::translate_route;
+use super::translate_tls::StaticSecrets;
+use super::{translate_matcher, translate_route};
 use crate::access_log::{AccessLog, Sinks};
+use crate::listener::{Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
+use crate::tls::ClientContext;
 
-type Result<T> = std::result::Result<T, ConfigError>;
+pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 
 const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
 const FIVE_MINUTES: std::time::Duration = std::time::Duration::from_secs(300);
@@ -36,13 +41,24 @@ pub(super) struct Context<'a> {
     /// Cluster name → index.
     pub(super) clusters: HashMap<String, usize>,
     /// Route configurations that came by RDS, by file and name.
-    pub(super) rds: HashMap<(String, String), At>,
+    pub(super) rds: HashMap<(String, String), Arc<Item>>,
     /// Endpoint assignments that came by EDS, by file and service name.
-    pub(super) eds: HashMap<(String, String), At>,
+    pub(super) eds: HashMap<(String, String), Arc<Item>>,
+    /// Secrets of the bootstrap.
+    pub(super) secrets: StaticSecrets,
 }
 
-/// The file an xDS `ConfigSource` names.
+/// What stands for the aggregated stream among the files that resources come from.
+pub(super) const ADS: &str = "ADS";
+
+/// The file an xDS `ConfigSource` names, or [`ADS`].
 pub(super) fn source_file(source: &At) -> Result<WatchedFile> {
+    if source.has("ads") {
+        return Ok(WatchedFile {
+            path: ADS.to_owned(),
+            watched_directory: None,
+        });
+    }
     if let Some(file) = source.message("path_config_source") {
         let folder = file.message("watched_directory").map(|d| d.text("path"));
         return Ok(WatchedFile {
@@ -54,7 +70,7 @@ pub(super) fn source_file(source: &At) -> Result<WatchedFile> {
     if path.is_empty() {
         return Err(source.refuse(
             "",
-            "path_config_source must be given; management servers are not supported yet",
+            "path_config_source or ads must be given; other management servers are not supported yet",
         ));
     }
     Ok(WatchedFile {
@@ -111,27 +127,26 @@ impl Context<'_> {
         let name = Some(at.text("name"))
             .filter(|n| !n.is_empty())
             .unwrap_or_else(|| addresses[0].to_string());
-        let (original_dst, original_src) = listener_filters(at)?;
-        let chains = at.messages("filter_chains");
+        let (original_dst, original_src, inspectors) = listener_filters(at)?;
+        let chain_messages = at.messages("filter_chains");
         let default_chain = at.message("default_filter_chain");
-        if chains.is_empty() && default_chain.is_none() {
+        if chain_messages.is_empty() && default_chain.is_none() {
             return Err(at.refuse("filter_chains", "at least one filter chain must be given"));
-        }
-        let chains = chains
-            .iter()
-            .map(|c| self.filter_chain(c))
-            .collect::<Result<Vec<_>>>()?;
-        for (index, chain) in chains.iter().enumerate() {
-            if chains[..index].iter().any(|c| c.matcher == chain.matcher) {
-                let path = format!("{}[{index}].filter_chain_match", at.path_of("filter_chains"));
-                return Err(ConfigError::new(
-                    path,
-                    "the same match as an earlier filter chain",
-                ));
-            }
         }
         let stat_prefix = Some(at.text("stat_prefix")).filter(|p| !p.is_empty());
         let stat_prefix = stat_prefix.unwrap_or_else(|| addresses[0].to_string().replace(':', "_"));
+        let scope = format!("listener.{stat_prefix}");
+        let chains = chain_messages
+            .iter()
+            .map(|c| self.filter_chain(c, &scope, dynamic).map(Arc::new))
+            .collect::<Result<Vec<_>>>()?;
+        let matcher = match at.message("filter_chain_matcher") {
+            Some(tree) => Some(chain_tree(at, &tree, &chain_messages)?),
+            None => {
+                distinct_matches(at, &chains)?;
+                None
+            }
+        };
         let reuse_port = at
             .flag("enable_reuse_port")
             .or_else(|| at.flag("reuse_port"))
@@ -144,12 +159,15 @@ impl Context<'_> {
                 reuse_port,
                 backlog: at.number_or("tcp_backlog_size", 1024).min(i32::MAX as u32),
             },
-            default_chain: default_chain.map(|c| self.filter_chain(&c)).transpose()?,
+            default_chain: default_chain
+                .map(|c| self.filter_chain(&c, &scope, dynamic).map(Arc::new))
+                .transpose()?,
             access_log: self.access_logs(at)?,
             fingerprint: fingerprint(at),
-            stats: self
-                .registry
-                .scope(&format!("listener.{stat_prefix}"), stats::Listener::TABLE),
+            frame: frame(at),
+            stats: self.registry.scope(&scope, stats::Listener::TABLE),
+            inspectors,
+            matcher,
             name,
             addresses,
             original_dst,
@@ -159,27 +177,37 @@ impl Context<'_> {
         }))
     }
 
-    fn filter_chain(&self, at: &At) -> Result<FilterChain> {
+    /// `scope` is the listener's statistics prefix; a `dynamic` chain may name clusters that are still to come.
+    fn filter_chain(&self, at: &At, scope: &str, dynamic: bool) -> Result<FilterChain> {
         let filters = at.messages("filters");
         let Some((last, before)) = filters.split_last() else {
             return Err(at.refuse("filters", "a terminal filter must be given"));
         };
-        if let Some(first) = before.first() {
-            return Err(first.refuse(
-                "typed_config",
-                "is a terminal filter, which must be the last of its chain",
-            ));
+        let (mut certificate, mut rbac) = (None, Vec::new());
+        for filter in before {
+            let Some(config) = filter.any("typed_config")? else {
+                return Err(filter.refuse("typed_config", "must be given"));
+            };
+            match config.type_name().as_str() {
+                SET_FILTER_STATE => certificate = Some(certificate_name(&config)?),
+                RBAC => rbac.push(super::rbac::network(&config, self.registry)?),
+                TCP_PROXY | HTTP_MANAGER => {
+                    return Err(filter.refuse(
+                        "typed_config",
+                        "is a terminal filter, which must be the last of its chain",
+                    ));
+                }
+                other => {
+                    return Err(config.refuse("", format!("{other} is not a network filter this proxy has")));
+                }
+            }
         }
         let Some(config) = last.any("typed_config")? else {
             return Err(last.refuse("typed_config", "must be given"));
         };
         let terminal = match config.type_name().as_str() {
-            "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy" => {
-                Terminal::Tcp(self.tcp_proxy(&config)?)
-            }
-            "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager" => {
-                Terminal::Http(self.http_manager(&config)?)
-            }
+            TCP_PROXY => Terminal::Tcp(self.tcp_proxy(&config, dynamic)?),
+            HTTP_MANAGER => Terminal::Http(self.http_manager(&config)?),
             other => return Err(config.refuse("", format!("{other} is not a network filter this proxy has"))),
         };
         let matcher = at
@@ -190,23 +218,28 @@ impl Context<'_> {
         Ok(FilterChain {
             name: at.text("name"),
             matcher,
+            fingerprint: fingerprint(at),
+            tls: self.server_context(at, scope)?,
+            certificate,
+            rbac,
             terminal,
         })
     }
 
-    fn tcp_proxy(&self, at: &At) -> Result<Arc<TcpProxy>> {
+    fn tcp_proxy(&self, at: &At, dynamic: bool) -> Result<Arc<TcpProxy>> {
         let prefix = at.required_text("stat_prefix")?;
         let clusters = match at.message("weighted_clusters") {
             Some(weighted) => {
                 let entries = weighted.messages("clusters");
                 let split = entries
                     .iter()
-                    .map(|c| Ok((c.number_or("weight", 0), self.known_cluster(c, "name")?)))
+                    .map(|c| Ok((c.number_or("weight", 0), self.known_cluster(c, "name", dynamic)?)))
                     .collect::<Result<Vec<_>>>()?;
                 Weighted::new(split)
                     .ok_or_else(|| weighted.refuse("clusters", "the weights must not sum up to 0"))?
             }
-            None => Weighted::new([(1, self.known_cluster(at, "cluster")?)]).expect("one entry of weight 1"),
+            None => Weighted::new([(1, self.known_cluster(at, "cluster", dynamic)?)])
+                .expect("one entry of weight 1"),
         };
         let idle = at.duration("idle_timeout")?.unwrap_or(HOUR);
         Ok(Arc::new(TcpProxy {
@@ -291,9 +324,13 @@ impl Context<'_> {
                 format!("{} has no route configuration {name:?}", file.path),
             ));
         };
-        let table = translate_route::table(resource, &self.clusters, false).map_err(|e| {
-            e.in_resource(format!("route configuration {name:?}"))
-                .in_file(&file.path)
+        let table = translate_route::table(&resource.at, &self.clusters, false).map_err(|e| {
+            let e = e.in_resource(format!("route configuration {name:?}"));
+            if file.path == ADS {
+                e
+            } else {
+                e.in_file(&file.path)
+            }
         })?;
         Ok(Arc::new(table))
     }
@@ -337,10 +374,10 @@ impl Context<'_> {
             .map_err(|e| ConfigError::new(format_path, e))
     }
 
-    fn known_cluster(&self, at: &At, field: &str) -> Result<ClusterRef> {
+    fn known_cluster(&self, at: &At, field: &str, dynamic: bool) -> Result<ClusterRef> {
         let name = at.required_text(field)?;
         let cluster = cluster_ref(&name, &self.clusters);
-        if cluster.index.is_none() {
+        if cluster.index.is_none() && !dynamic {
             return Err(at.refuse(field, format!("unknown cluster {name:?}")));
         }
         Ok(cluster)
@@ -350,15 +387,25 @@ impl Context<'_> {
         let name = at.required_text("name")?;
         let (kind, assignment) = self.cluster_kind(at, &name)?;
         let balance = balance(at, &kind)?;
-        let endpoints = assignment
-            .as_ref()
-            .map(endpoints)
-            .transpose()?
-            .unwrap_or_default();
+        let stat_name = Some(at.text("alt_stat_name"))
+            .filter(|n| !n.is_empty())
+            .unwrap_or_else(|| name.clone());
+        let scope = format!("cluster.{stat_name}");
+        let sockets = Sockets::read(self, at, &scope)?;
+        let endpoints = match &assignment {
+            Some(assignment) => endpoints(assignment, &sockets).map_err(|e| match kind {
+                ClusterKind::Eds => e.in_resource(format!(
+                    "endpoint assignment {:?}",
+                    assignment.text("cluster_name")
+                )),
+                _ => e,
+            })?,
+            None => Vec::new(),
+        };
         if kind == ClusterKind::OriginalDst && !endpoints.is_empty() {
             return Err(at.refuse("load_assignment", "must not be given for an ORIGINAL_DST cluster"));
         }
-        let options = cluster_http_options(at)?;
+        let (options, http2) = cluster_http_options(at)?;
         let common = options.or_else(|| at.message("common_http_protocol_options"));
         let idle = common
             .as_ref()
@@ -385,13 +432,9 @@ impl Context<'_> {
         if connect_timeout.is_zero() {
             return Err(at.refuse("connect_timeout", "must be greater than 0s"));
         }
-        let stat_name = Some(at.text("alt_stat_name"))
-            .filter(|n| !n.is_empty())
-            .unwrap_or_else(|| name.clone());
         Ok(Arc::new(Cluster {
-            stats: self
-                .registry
-                .scope(&format!("cluster.{stat_name}"), stats::Cluster::TABLE),
+            stats: self.registry.scope(&scope, stats::Cluster::TABLE),
+            tls: sockets.of(&[]),
             name,
             kind,
             balance,
@@ -400,6 +443,7 @@ impl Context<'_> {
             max_requests_per_connection: max_requests,
             limits: limits(at)?,
             schedule: schedule(&endpoints),
+            http2,
             endpoints,
             dynamic,
         }))
@@ -421,7 +465,8 @@ impl Context<'_> {
                     source_file(&source)?.path,
                     service.unwrap_or_else(|| name.to_owned()),
                 );
-                Ok((ClusterKind::Eds, self.eds.get(&key).cloned()))
+                let found = self.eds.get(&key);
+                Ok((ClusterKind::Eds, found.map(|item| item.at.clone())))
             }
             other => Err(at.refuse("type", format!("{other} is not supported yet"))),
         }
@@ -435,12 +480,117 @@ fn empty(full_name: &str) -> prost_reflect::DynamicMessage {
     )
 }
 
-fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>)> {
+const TCP_PROXY: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
+const HTTP_MANAGER: &str =
+    "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+const RBAC: &str = "envoy.extensions.filters.network.rbac.v3.RBAC";
+const SET_FILTER_STATE: &str = "envoy.extensions.filters.network.set_filter_state.v3.Config";
+
+/// The one key of filter state that a network filter may set: whose certificate upstream TLS shows.
+const CERTIFICATE_KEY: &str = "envoy.tls.certificate_mappers.on_demand_secret";
+
+/// What `set_filter_state` says for [`CERTIFICATE_KEY`].
+fn certificate_name(at: &At) -> Result<Arc<str>> {
+    let values = at.messages("on_new_connection");
+    let [value] = values.as_slice() else {
+        return Err(at.refuse("on_new_connection", "exactly one value is supported yet"));
+    };
+    if value.text("object_key") != CERTIFICATE_KEY {
+        return Err(value.refuse("object_key", format!("only {CERTIFICATE_KEY} is supported yet")));
+    }
+    plain_format(value).map(Into::into)
+}
+
+/// A `format_string` without operators: what it writes.
+pub(super) fn plain_format(value: &At) -> Result<String> {
+    let Some(format) = value.message("format_string") else {
+        return Err(value.refuse("format_string", "must be given"));
+    };
+    let text = match format.message("text_format_source") {
+        Some(source) => String::from_utf8(translate_route::data_source(&source)?)
+            .map_err(|_| source.refuse("", "must be UTF-8"))?,
+        None => format.text("text_format"),
+    };
+    let plain = text.replace("%%", "");
+    if plain.contains('%') || plain.is_empty() && text.is_empty() {
+        return Err(format.refuse(
+            "text_format_source",
+            "only text without operators is supported yet",
+        ));
+    }
+    Ok(text.replace("%%", "%"))
+}
+
+/// Of a listener without its chains and what chooses among them.
+fn frame(at: &At) -> u64 {
+    let mut message = at.message.clone();
+    for field in ["filter_chains", "default_filter_chain", "filter_chain_matcher"] {
+        message.clear_field_by_name(field);
+    }
+    fingerprint(&At::new(message, ""))
+}
+
+fn distinct_matches(at: &At, chains: &[Arc<FilterChain>]) -> Result<()> {
+    for (index, chain) in chains.iter().enumerate() {
+        if chains[..index].iter().any(|c| c.matcher == chain.matcher) {
+            let path = format!("{}[{index}].filter_chain_match", at.path_of("filter_chains"));
+            return Err(ConfigError::new(
+                path,
+                "the same match as an earlier filter chain",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn chain_tree(at: &At, tree: &At, chains: &[At]) -> Result<Matcher<usize>> {
+    let mut names = HashMap::new();
+    for (index, chain) in chains.iter().enumerate() {
+        if chain.has("filter_chain_match") {
+            return Err(chain.refuse("filter_chain_match", "does not go with filter_chain_matcher"));
+        }
+        if names.insert(chain.required_text("name")?, index).is_some() {
+            return Err(chain.refuse("name", "appears twice"));
+        }
+    }
+    if at.messages("filter_chains").is_empty() {
+        return Err(at.refuse("filter_chains", "must be given"));
+    }
+    translate_matcher::matcher(tree, &names)
+}
+
+fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>, Inspectors)> {
     let (mut original_dst, mut original_src) = (false, None);
+    let mut inspectors = Inspectors {
+        timeout: Some(
+            at.duration("listener_filters_timeout")?
+                .unwrap_or(std::time::Duration::from_secs(15)),
+        )
+        .filter(|t| !t.is_zero()),
+        goes_on: at.flag("continue_on_listener_filters_timeout").unwrap_or(false),
+        ..Inspectors::default()
+    };
     for filter in at.messages("listener_filters") {
         let config = filter.any("typed_config")?;
         let kind = config.as_ref().map(At::type_name);
-        match (kind.as_deref(), filter.text("name").as_str()) {
+        let name = filter.text("name");
+        let inspects = |inspector: &str| name == format!("envoy.filters.listener.{inspector}");
+        if kind.as_deref() == Some("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector")
+            || (kind.is_none() && inspects("tls_inspector"))
+        {
+            inspectors.tls = Some(translate_matcher::disabled(&filter)?);
+            continue;
+        }
+        if kind.as_deref() == Some("envoy.extensions.filters.listener.http_inspector.v3.HttpInspector")
+            || (kind.is_none() && inspects("http_inspector"))
+        {
+            inspectors.http = Some(translate_matcher::disabled(&filter)?);
+            continue;
+        }
+        if filter.has("filter_disabled") {
+            return Err(filter.refuse("filter_disabled", "goes with inspectors only"));
+        }
+        match (kind.as_deref(), name.as_str()) {
             (Some("envoy.extensions.filters.listener.original_dst.v3.OriginalDst"), _)
             | (None, "envoy.filters.listener.original_dst") => original_dst = true,
             (Some("envoy.extensions.filters.listener.original_src.v3.OriginalSrc"), _) => {
@@ -454,7 +604,7 @@ fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>)> {
             }
         }
     }
-    Ok((original_dst, original_src))
+    Ok((original_dst, original_src, inspectors))
 }
 
 fn chain_match(at: &At) -> Result<ChainMatch> {
@@ -474,12 +624,29 @@ fn chain_match(at: &At) -> Result<ChainMatch> {
     Ok(ChainMatch {
         destination_port,
         destination: prefixes("prefix_ranges")?,
+        server_names: at
+            .texts("server_names")
+            .iter()
+            .map(|n| n.to_ascii_lowercase())
+            .collect(),
+        transport: match at.text("transport_protocol").as_str() {
+            "" => None,
+            "raw_buffer" => Some(Transport::Raw),
+            "tls" => Some(Transport::Tls),
+            other => {
+                return Err(at.refuse(
+                    "transport_protocol",
+                    format!("{other:?} is no transport known here"),
+                ));
+            }
+        },
+        protocols: at.texts("application_protocols"),
         source: prefixes("source_prefix_ranges")?,
         source_ports: ports.map_err(|_| at.refuse("source_ports", "must be at most 65535"))?,
     })
 }
 
-fn cidr(at: &At) -> Result<ipnet::IpNet> {
+pub(super) fn cidr(at: &At) -> Result<ipnet::IpNet> {
     let ip: IpAddr = at
         .text("address_prefix")
         .parse()
@@ -489,21 +656,30 @@ fn cidr(at: &At) -> Result<ipnet::IpNet> {
     Ok(net.trunc())
 }
 
-fn cluster_http_options(at: &At) -> Result<Option<At>> {
-    let mut common = None;
+/// The common options, and whether only HTTP/2 is spoken.
+fn cluster_http_options(at: &At) -> Result<(Option<At>, bool)> {
+    let (mut common, mut http2) = (None, false);
     for (key, options) in at.any_map("typed_extension_protocol_options")? {
         if key != "envoy.extensions.upstreams.http.v3.HttpProtocolOptions" {
             return Err(options.refuse("", format!("{key} is not supported yet")));
         }
-        let Some(explicit) = options.message("explicit_http_config") else {
-            return Err(options.refuse("", "explicit_http_config must be given"));
-        };
-        if !explicit.has("http_protocol_options") {
-            return Err(explicit.refuse("", "http_protocol_options must be given"));
+        if let Some(explicit) = options.message("explicit_http_config") {
+            http2 = explicit.has("http2_protocol_options");
+            if !http2 && !explicit.has("http_protocol_options") {
+                return Err(explicit.refuse(
+                    "",
+                    "http_protocol_options or http2_protocol_options must be given",
+                ));
+            }
+        } else if !options.has("use_downstream_protocol_config") {
+            return Err(options.refuse(
+                "",
+                "explicit_http_config or use_downstream_protocol_config must be given",
+            ));
         }
         common = options.message("common_http_protocol_options");
     }
-    Ok(common)
+    Ok((common, http2))
 }
 
 fn balance(at: &At, kind: &ClusterKind) -> Result<Balance> {
@@ -543,7 +719,69 @@ fn limits(at: &At) -> Result<Limits> {
     Ok(limits)
 }
 
-fn endpoints(assignment: &At) -> Result<Vec<Endpoint>> {
+/// `transport_socket_matches` and `transport_socket`.
+struct Sockets {
+    matches: Vec<(Vec<(String, Value)>, Option<Arc<ClientContext>>)>,
+    otherwise: Option<Arc<ClientContext>>,
+}
+
+impl Sockets {
+    fn read(context: &Context<'_>, at: &At, scope: &str) -> Result<Self> {
+        let mut matches = Vec::new();
+        for entry in at.messages("transport_socket_matches") {
+            let Some(socket) = entry.message("transport_socket") else {
+                return Err(entry.refuse("transport_socket", "must be given"));
+            };
+            let wanted = entry.message("match").map(|m| fields(&m)).unwrap_or_default();
+            matches.push((wanted, context.client_context(&socket, scope)?));
+        }
+        let otherwise = match at.message("transport_socket") {
+            Some(socket) => context.client_context(&socket, scope)?,
+            None => None,
+        };
+        Ok(Self { matches, otherwise })
+    }
+
+    /// That of the first match whose every field `metadata` has.
+    fn of(&self, metadata: &[(String, Value)]) -> Option<Arc<ClientContext>> {
+        let fits = |wanted: &[(String, Value)]| wanted.iter().all(|field| metadata.contains(field));
+        match self.matches.iter().find(|(wanted, _)| fits(wanted)) {
+            Some((_, found)) => found.clone(),
+            None => self.otherwise.clone(),
+        }
+    }
+}
+
+/// The fields of a `google.protobuf.Struct`.
+fn fields(at: &At) -> Vec<(String, Value)> {
+    let value = at.message.get_field_by_name("fields");
+    let Some(Value::Map(map)) = value.as_deref() else {
+        return Vec::new();
+    };
+    let field =
+        |(key, value): (&prost_reflect::MapKey, &Value)| Some((key.as_str()?.to_owned(), value.clone()));
+    map.iter().filter_map(field).collect()
+}
+
+/// What an endpoint's metadata says of its transport.
+fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
+    let Some(metadata) = entry.message("metadata") else {
+        return Vec::new();
+    };
+    let value = metadata.message.get_field_by_name("filter_metadata");
+    let Some(Value::Map(map)) = value.as_deref() else {
+        return Vec::new();
+    };
+    let of_transport = map
+        .iter()
+        .find(|(key, _)| key.as_str() == Some("envoy.transport_socket_match"));
+    match of_transport {
+        Some((_, Value::Message(message))) => fields(&At::new(message.clone(), "")),
+        _ => Vec::new(),
+    }
+}
+
+fn endpoints(assignment: &At, sockets: &Sockets) -> Result<Vec<Endpoint>> {
     let mut endpoints = Vec::new();
     let mut seen = HashSet::new();
     for locality in assignment.messages("endpoints") {
@@ -570,6 +808,7 @@ fn endpoints(assignment: &At) -> Result<Vec<Endpoint>> {
                     address,
                     weight,
                     healthy,
+                    tls: sockets.of(&transport_metadata(&entry)),
                 });
             }
         }

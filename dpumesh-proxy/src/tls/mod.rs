@@ -2,14 +2,25 @@
 //!
 //! | module | what it owns |
 //! |---|---|
+//! | [`context`] | a transport socket of the configuration, and handshakes with it |
+//! | [`san`] | rules on subject alternative names |
+//! | [`secrets`] | keys, chains and roots by name |
+//! | [`store`] | the same from this machine's key store |
 //! | [`stream`] | one type for plain and TLS connections; a plain one costs nothing more than its socket |
 //!
 //! Identities are SPIFFE: a URI subject alternative name of the certificate. Host names are not looked at unless the configuration asks.
 
+pub mod context;
+pub mod san;
+pub mod secrets;
+pub mod store;
 pub mod stream;
+mod verify;
 
 use std::sync::Arc;
 
+pub use context::{ClientContext, HandshakeError, Protocols, ServerContext};
+pub use secrets::{Certified, Roots, Secrets};
 pub use stream::Stream;
 
 /// What a verified certificate says of the peer. Exists only after the handshake proved it.

@@ -127,7 +127,7 @@ impl Session {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
         let replayable = is_replayable(buffers);
-        let mut pooled = lane.take_idle(picked, self.peer.source, !replayable);
+        let mut pooled = lane.take_idle(picked, &self.peer, !replayable);
         let mut replayed = false;
         loop {
             let reused = pooled.is_some();
@@ -156,7 +156,7 @@ impl Session {
                         && let Some(pause) = attempts.again(picked.endpoint.address)
                     {
                         if sent && takes_rest_of_response(buffers) {
-                            lane.give_back(picked, self.peer.source, connection);
+                            lane.give_back(picked, &self.peer, connection);
                         }
                         *kept = Some(flow);
                         return Turn::Again(pause);
@@ -193,7 +193,7 @@ impl Session {
         call: &Forwarding<'_, '_>,
         picked: &Picked,
     ) -> Result<Result<Pooled, NoConnection>, Failure> {
-        let attempt = call.lane.connect(picked, self.peer.source);
+        let attempt = call.lane.connect(picked, &self.peer);
         match call.deadline {
             Some(at) => timeout_at(at, attempt).await.map_err(|_| Failure::Timeout),
             None => Ok(attempt.await),

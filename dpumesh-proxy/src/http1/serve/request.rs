@@ -18,7 +18,7 @@ use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::{Action, Forward, HeaderChanges, Route, Target, VirtualHost};
 use crate::stats::Http as Stat;
-use crate::worker::{Buffers, Program};
+use crate::worker::{Buffers, Place, Program};
 
 /// The route that takes a request.
 struct Way<'a> {
@@ -84,7 +84,7 @@ impl Session {
         outcome.keep
     }
 
-    /// Takes up a newer configuration: same listener, new routes; changed listener, close after this request.
+    /// Takes up a newer configuration: same chain, new routes; a chain that is changed or gone, close after this request.
     fn catch_up(&mut self) {
         if self.worker.generation() == self.program.config.generation {
             return;
@@ -92,14 +92,21 @@ impl Session {
         self.program = self.worker.program();
         let name = &self.place.listener.name;
         let current = self.program.config.listeners.iter().find(|l| l.name == *name);
-        match current {
-            Some(listener) if listener.fingerprint == self.place.listener.fingerprint => {
-                self.place.listener = Arc::clone(listener);
-                if let Some(Terminal::Http(manager)) = self.place.chain().map(|c| &c.terminal) {
+        let same = current.and_then(|listener| {
+            let chain = listener.same_chain(&self.place.listener, &self.place.chain)?;
+            Some((listener, chain))
+        });
+        match same {
+            Some((listener, chain)) => {
+                if let Terminal::Http(manager) = &chain.terminal {
                     self.manager = Arc::clone(manager);
                 }
+                self.place = Place {
+                    listener: Arc::clone(listener),
+                    chain: Arc::clone(chain),
+                };
             }
-            _ => self.closing = true,
+            None => self.closing = true,
         }
     }
 

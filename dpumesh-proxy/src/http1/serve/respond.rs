@@ -83,7 +83,7 @@ impl Session {
                     && delivery.framing != Framing::Close
                     && buffers.response_in.is_empty();
                 if reusable {
-                    call.lane.give_back(picked, self.peer.source, connection);
+                    call.lane.give_back(picked, &self.peer, connection);
                 }
                 if !sent {
                     call.manager.stats.inc(shard, Stat::RqEarlyResponse);

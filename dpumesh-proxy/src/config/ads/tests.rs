@@ -1,0 +1,178 @@
+//! The stream's resources, with what a real istiod sent three sidecars as one shared proxy's configuration.
+
+use std::path::{Path, PathBuf};
+
+use dpumesh_xds::aggregate::{Interception, Options, aggregate};
+use dpumesh_xds::client::Applied;
+use dpumesh_xds::discovery::{DeltaDiscoveryResponse, Resource};
+use dpumesh_xds::ir::{Identity, Pod, PodView};
+use dpumesh_xds::snapshot::Snapshot;
+use dpumesh_xds::translate::{Item as Translated, translate};
+use prost::Message as _;
+
+use super::*;
+use crate::access_log::Sinks;
+use crate::config::files::Files;
+use crate::config::model::Config;
+
+const BOOTSTRAP: &str = r"
+node: {id: proxy~node-1, cluster: dpu}
+dynamic_resources:
+  ads_config: {api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: adapter}}]}
+  cds_config: {ads: {}, resource_api_version: V3}
+  lds_config: {ads: {}, resource_api_version: V3}
+static_resources:
+  clusters:
+  - name: adapter
+    type: STATIC
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        '@type': type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+    load_assignment:
+      cluster_name: adapter
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 192.0.2.1, port_value: 15010}}}}]}]
+";
+
+struct World {
+    files: Files,
+    registry: Registry,
+    sinks: Sinks,
+    config: Option<Config>,
+}
+
+impl World {
+    fn new() -> Self {
+        let registry = Registry::new(1);
+        let sinks = Sinks::new(&registry).unwrap();
+        let mut files = Files::parse(Path::new("proxy.yaml"), BOOTSTRAP).unwrap();
+        let config = Some(files.load(&registry, &sinks).unwrap());
+        Self {
+            files,
+            registry,
+            sinks,
+            config,
+        }
+    }
+
+    fn apply(&mut self, update: &Update) -> Applied {
+        let config = &mut self.config;
+        let mut accept = |new| {
+            *config = Some(new);
+            Ok(())
+        };
+        self.files
+            .apply_ads(update, &self.registry, &self.sinks, &mut accept)
+    }
+
+    fn config(&self) -> &Config {
+        self.config.as_ref().unwrap()
+    }
+}
+
+fn view(name: &str, account: &str, address: &str) -> PodView {
+    let identity = Identity {
+        trust_domain: "cluster.local".into(),
+        namespace: "shop".into(),
+        service_account: account.into(),
+    };
+    let mut view = PodView::new(Pod {
+        name: name.into(),
+        addresses: vec![address.parse().unwrap()],
+        identity: identity.clone(),
+    });
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/peers/recorded");
+    for (file, kind) in [
+        ("cds", ResourceType::Cluster),
+        ("eds", ResourceType::Endpoints),
+        ("lds", ResourceType::Listener),
+        ("rds", ResourceType::Route),
+    ] {
+        let bytes = std::fs::read(folder.join(format!("{name}.shop/{file}.pb"))).unwrap();
+        for resource in DeltaDiscoveryResponse::decode(&*bytes).unwrap().resources {
+            let any = resource.resource.unwrap();
+            match translate(kind, &resource.name, &any.type_url, &any.value, &identity)
+                .unwrap()
+                .item
+            {
+                Translated::Listener(item) => drop(view.listeners.insert(resource.name, item)),
+                Translated::Route(item) => drop(view.routes.insert(resource.name, item)),
+                Translated::Cluster(item) => drop(view.clusters.insert(resource.name, item)),
+                Translated::Endpoints(item) => drop(view.endpoints.insert(resource.name, item)),
+            }
+        }
+    }
+    view
+}
+
+fn recorded() -> Snapshot {
+    let views = [
+        view("front-1", "front", "10.244.1.11"),
+        view("reviews-1", "reviews", "10.244.1.12"),
+        view("reviews-2", "reviews", "10.244.2.12"),
+    ];
+    let options = Options {
+        outbound: "127.0.0.1:15001".parse().unwrap(),
+        inbound: "127.0.0.1:15006".parse().unwrap(),
+        interception: Interception::Transparent,
+    };
+    aggregate(&views, &options).snapshot
+}
+
+fn update(snapshot: &Snapshot, kind: ResourceType) -> Update {
+    let resources = snapshot.of(kind).map(|(name, published)| Resource {
+        name: name.clone(),
+        version: published.version.clone(),
+        resource: Some(published.resource.clone()),
+        ..Resource::default()
+    });
+    Update {
+        kind,
+        resources: resources.collect(),
+        removed: Vec::new(),
+    }
+}
+
+#[test]
+fn recorded_configuration_is_taken_whole() {
+    let snapshot = recorded();
+    let mut world = World::new();
+    let mut wanted = Vec::new();
+    for kind in [
+        ResourceType::Cluster,
+        ResourceType::Endpoints,
+        ResourceType::Listener,
+        ResourceType::Route,
+    ] {
+        let applied = world.apply(&update(&snapshot, kind));
+        assert_eq!(applied.rejected, [], "{kind}");
+        wanted = applied.wanted;
+        if kind == ResourceType::Listener {
+            let listeners: Vec<&str> = names(world.config());
+            assert_eq!(
+                listeners,
+                ["inbound"],
+                "the other waits for its route configurations"
+            );
+        }
+    }
+    let config = world.config();
+    assert_eq!(names(config), ["inbound", "outbound"]);
+    for (kind, names) in wanted {
+        let there: BTreeSet<String> = snapshot.of(kind).map(|(name, _)| name.clone()).collect();
+        assert_eq!(names, there, "{kind}");
+    }
+    let cluster = |name: &str| config.clusters.iter().find(|c| c.name == name).unwrap();
+    let front = cluster("outbound|80||front.shop.svc.cluster.local");
+    assert!(front.endpoints.iter().all(|e| e.tls.is_some()));
+    assert!(
+        cluster("outbound|80||api.example.com")
+            .endpoints
+            .iter()
+            .all(|e| e.tls.is_none())
+    );
+}
+
+fn names(config: &Config) -> Vec<&str> {
+    config.listeners.iter().map(|l| l.name.as_str()).collect()
+}
