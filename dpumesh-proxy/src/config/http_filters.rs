@@ -33,6 +33,13 @@ pub(super) fn policy(at: &At, prefix: &str, registry: &Registry) -> Result<HttpP
             return Err(at.refuse(field, "true is not supported yet"));
         }
     }
+    for upgrade in at.messages("upgrade_configs") {
+        // A request for it is answered with 403; CONNECT and others would need more than that.
+        let kind = upgrade.text("upgrade_type");
+        if !kind.eq_ignore_ascii_case("websocket") {
+            return Err(upgrade.refuse("upgrade_type", format!("{kind:?} is not supported yet")));
+        }
+    }
     let filters = at.messages("http_filters");
     let Some((last, before)) = filters.split_last() else {
         return Err(at.refuse("http_filters", "the router filter must be given"));

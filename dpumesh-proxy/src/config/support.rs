@@ -162,7 +162,12 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "set_current_client_cert_details",
             "tracing",
             "request_id_extension",
+            "upgrade_configs",
         ],
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
+        &["upgrade_type"],
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
@@ -870,11 +875,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "proxy_100_continue",
         "the proxy itself says 100 Continue, then sends the body",
-    ),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "upgrade_configs",
-        "a request for an upgrade is answered with 403",
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",

@@ -101,9 +101,8 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         ),
         (
             format!("{manager}/upgrade_configs"),
-            json!([{"upgrade_type": "websocket"}]),
+            json!([{"upgrade_type": "CONNECT"}]),
         ),
-        (format!("{manager}/tracing"), json!({})),
         (format!("{manager}/http2_protocol_options"), json!({})),
         (format!("{manager}/codec_type"), json!("HTTP2")),
         (format!("{manager}/use_remote_address"), json!(true)),
@@ -191,14 +190,62 @@ fn tls_is_refused_in_plain_words() {
 fn other_http_filters_are_refused_by_name() {
     let manager = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
     for kind in [
-        "envoy.extensions.filters.http.rbac.v3.RBAC",
-        "envoy.extensions.filters.http.fault.v3.HTTPFault",
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
     ] {
         let filter = serde_json::json!({"name": "x", "typed_config": {"@type": format!("type.googleapis.com/{kind}")}});
         let pointer = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config/http_filters/-";
         let error = load("a.json", &with(pointer, filter)).unwrap_err();
         assert_eq!(error.path, format!("{manager}.http_filters[1].typed_config"));
         assert_eq!(error.reason, format!("type {kind} is not supported yet"));
+    }
+}
+
+#[test]
+fn what_access_rules_cannot_decide_is_refused_by_name() {
+    use serde_json::json;
+    let any = json!([{"any": true}]);
+    let policy = |permission, principal| {
+        json!({"policies": {"p": {"permissions": [permission], "principals": [principal]}}})
+    };
+    let metadata = json!({"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "payload"}], "value": {"present_match": true}});
+    let everything = || json!({"any": true});
+    for (rules, path, reason) in [
+        (json!({"action": "LOG"}), ".action", "LOG is not supported yet"),
+        (
+            policy(everything(), json!({"metadata": metadata})),
+            ".policies[p].principals[0].metadata",
+            "metadata of envoy.config.rbac.v3.Principal is not supported yet",
+        ),
+        (
+            policy(everything(), json!({"filter_state": {"key": "k", "string_match": {"exact": "a"}}})),
+            ".policies[p].principals[0].filter_state",
+            "filter_state of envoy.config.rbac.v3.Principal is not supported yet",
+        ),
+        (
+            policy(json!({"metadata": metadata}), everything()),
+            ".policies[p].permissions[0].metadata",
+            "metadata of envoy.config.rbac.v3.Permission is not supported yet",
+        ),
+        (
+            policy(json!({"url_path": {"path": {"safe_regex": {"regex": "a)("}}}}), everything()),
+            ".policies[p].permissions[0].url_path.path.safe_regex.regex",
+            "",
+        ),
+        (
+            json!({"policies": {"p": {"permissions": any}}}),
+            ".policies[p].principals",
+            "at least one must be given",
+        ),
+    ] {
+        let filter = json!({"name": "rbac", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC", "rules": rules}});
+        let router = json!({"name": "router", "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}});
+        let manager = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config";
+        let text = with(&format!("{manager}/http_filters"), json!([filter, router]));
+        let error = load("a.json", &text).unwrap_err();
+        let front = format!("{}.http_filters[0].typed_config.rules", as_path(manager));
+        assert_eq!(error.path, format!("{front}{path}"));
+        assert!(reason.is_empty() || error.reason == reason, "{}", error.reason);
     }
 }
 

@@ -180,6 +180,32 @@ fn answer_all(name: &str, stream: TcpStream, seen: &AtomicUsize) -> io::Result<(
                 write!(writer, "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")?;
                 plain(&mut writer, "200 OK", b"final")?;
             }
+            "/status" => {
+                let status = path.split('?').nth(1).unwrap_or("200");
+                plain(&mut writer, &format!("{status} Some"), b"asked for")?;
+            }
+            // 503 until this endpoint has seen so many requests; then what /echo does.
+            "/until" => {
+                let wanted: usize = path.split('?').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+                if seen.load(Ordering::SeqCst) < wanted {
+                    plain(&mut writer, "503 Some", b"not yet")?;
+                } else {
+                    let count = request.header("x-envoy-attempt-count").unwrap_or("none");
+                    let body = [count.as_bytes(), b" ", &request.body].concat();
+                    plain(&mut writer, "200 OK", &body)?;
+                }
+            }
+            // Closes the connection, or says nothing for a second, until so many requests were seen.
+            "/close-until" | "/silent-until" => {
+                let wanted: usize = path.split('?').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+                if seen.load(Ordering::SeqCst) < wanted {
+                    if path.starts_with("/silent") {
+                        std::thread::sleep(Duration::from_secs(1));
+                    }
+                    return Ok(());
+                }
+                plain(&mut writer, "200 OK", &request.body)?;
+            }
             "/no-content" => write!(writer, "HTTP/1.1 204 No Content\r\n\r\n")?,
             _ => plain(&mut writer, "200 OK", head.as_bytes())?,
         }
@@ -236,6 +262,12 @@ impl Client {
 
 /// A bootstrap with one HTTP listener `web`; `routes` is the YAML list of routes, `clusters` the YAML list of clusters.
 pub(crate) fn bootstrap(routes: &str, clusters: &str, extra: &str) -> String {
+    bootstrap_with(routes, clusters, extra, "", "")
+}
+
+/// The same with `filters` (YAML list items in flow form, each on a line) before the router, and `host` beside the
+/// virtual host's domains.
+pub(crate) fn bootstrap_with(routes: &str, clusters: &str, extra: &str, filters: &str, host: &str) -> String {
     format!(
         r#"
 node: {{id: test, cluster: test}}
@@ -256,8 +288,10 @@ static_resources:
             virtual_hosts:
             - name: all
               domains: ["*"]
+              {host}
               routes: {routes}
           http_filters:
+          {filters}
           - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
   clusters: {clusters}

@@ -1,10 +1,12 @@
 //! The proxy as its clients and endpoints see it: started in this process, on loopback, with plain sockets around it.
 
 mod config;
+mod envoy;
 mod framing;
 mod harness;
 mod http;
 mod load;
 mod netns;
+mod policy;
 mod reload;
 mod tcp;

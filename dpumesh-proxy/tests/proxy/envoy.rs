@@ -1,0 +1,125 @@
+//! The same configuration and the same requests at this proxy and at a stock Envoy (`ENVOY_BIN`), so that what the tests
+//! expect is what Envoy does. Without Envoy the cases run at this proxy alone, and say so.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use crate::harness::{Client, Endpoint, Running, await_true};
+
+/// A proxy under test.
+pub(crate) enum Subject {
+    /// This one.
+    Ours(Running),
+    /// Envoy: process, its folder, listener, admin.
+    Envoy(Child, tempfile::TempDir, SocketAddr, SocketAddr),
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        if let Self::Envoy(child, ..) = self {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Subject {
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(match self {
+            Self::Ours(running) => running.web(),
+            Self::Envoy(_, _, web, _) => *web,
+        })
+    }
+
+    /// A counter's value once it has reached `at_least`; Envoy merges its counters a moment later.
+    pub(crate) fn await_stat(&self, name: &str, at_least: u64) -> u64 {
+        await_true(&format!("{name} >= {at_least} at {}", self.name()), || {
+            self.stat(name) >= at_least
+        });
+        self.stat(name)
+    }
+
+    fn stat(&self, name: &str) -> u64 {
+        match self {
+            Self::Ours(running) => running.stat(name),
+            Self::Envoy(_, _, _, admin) => {
+                let text = get(*admin, "/stats");
+                let line = text.lines().find_map(|l| l.strip_prefix(&format!("{name}: ")));
+                line.and_then(|n| n.trim().parse().ok()).unwrap_or_default()
+            }
+        }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Ours(_) => "ours",
+            Self::Envoy(..) => "envoy",
+        }
+    }
+}
+
+/// Runs a case: `bootstrap` makes the configuration for an endpoint, `check` sees proxy and endpoint.
+pub(crate) fn at_both(bootstrap: impl Fn(&Endpoint, &str) -> String, check: impl Fn(&Subject, &Endpoint)) {
+    let endpoint = Endpoint::start("only");
+    let folder = tempfile::tempdir().unwrap();
+    let text = bootstrap(&endpoint, &folder.path().to_string_lossy());
+    check(&Subject::Ours(Running::start_in(folder, &text, 1)), &endpoint);
+    let Some(binary) = std::env::var_os("ENVOY_BIN").map(PathBuf::from) else {
+        eprintln!("SKIP envoy: not compared with it (set ENVOY_BIN)");
+        return;
+    };
+    let endpoint = Endpoint::start("only");
+    let folder = tempfile::tempdir().unwrap();
+    let text = bootstrap(&endpoint, &folder.path().to_string_lossy());
+    check(&start_envoy(&binary, folder, &text), &endpoint);
+}
+
+fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &str) -> Subject {
+    let file = folder.path().join("bootstrap.yaml");
+    std::fs::write(&file, bootstrap).unwrap();
+    let admin_file = folder.path().join("admin");
+    let log = folder.path().join("envoy.log");
+    let child = Command::new(binary)
+        .args(["--disable-hot-restart", "--concurrency", "1", "-l", "warning"])
+        .args(["--file-flush-interval-msec", "20"])
+        .arg("-c")
+        .arg(&file)
+        .arg("--log-path")
+        .arg(&log)
+        .arg("--admin-address-path")
+        .arg(&admin_file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut subject = Subject::Envoy(child, folder, ([0, 0, 0, 0], 0).into(), ([0, 0, 0, 0], 0).into());
+    let Subject::Envoy(child, _, web, admin) = &mut subject else {
+        unreachable!("made just above");
+    };
+    await_true("envoy listens", || {
+        if let Some(status) = child.try_wait().unwrap() {
+            panic!("envoy ended, {status}: {}", std::fs::read_to_string(&log).unwrap_or_default());
+        }
+        let Ok(address) = std::fs::read_to_string(&admin_file).unwrap_or_default().parse() else {
+            return false;
+        };
+        *admin = address;
+        if get(*admin, "/ready").trim() != "LIVE" {
+            return false;
+        }
+        let listeners = get(*admin, "/listeners");
+        let address = listeners.lines().find_map(|l| l.strip_prefix("web::"));
+        address.and_then(|a| a.parse().ok()).map(|a| *web = a).is_some()
+    });
+    subject
+}
+
+fn get(admin: SocketAddr, path: &str) -> String {
+    let mut client = Client::connect(admin);
+    client.send(format!(
+        "GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n"
+    ));
+    client.receive().text()
+}
