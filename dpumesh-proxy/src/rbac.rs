@@ -132,7 +132,11 @@ impl Filter {
             return Ok(());
         };
         let decision = rules.decide(connection, request);
-        let member = if decision.is_ok() { Stat::Allowed } else { Stat::Denied };
+        let member = if decision.is_ok() {
+            Stat::Allowed
+        } else {
+            Stat::Denied
+        };
         self.stats.inc(shard, member);
         decision
     }
@@ -254,13 +258,25 @@ mod tests {
             (Rule::Any, unknown, true),
             (Rule::And(vec![]), unknown, true),
             (Rule::Or(vec![]), unknown, false),
-            (Rule::And(vec![Rule::Any, Rule::Not(Box::new(Rule::Any))]), unknown, false),
-            (Rule::Or(vec![Rule::Not(Box::new(Rule::Any)), Rule::Any]), unknown, true),
+            (
+                Rule::And(vec![Rule::Any, Rule::Not(Box::new(Rule::Any))]),
+                unknown,
+                false,
+            ),
+            (
+                Rule::Or(vec![Rule::Not(Box::new(Rule::Any)), Rule::Any]),
+                unknown,
+                true,
+            ),
             (name(), known, true),
             (name(), unknown, false),
             (Rule::Authenticated(None), known, true),
             (Rule::Authenticated(None), unknown, false),
-            (Rule::Authenticated(Some(text("spiffe://td/ns/a/sa/bb"))), known, false),
+            (
+                Rule::Authenticated(Some(text("spiffe://td/ns/a/sa/bb"))),
+                known,
+                false,
+            ),
             (Rule::DirectRemoteIp(net("10.0.0.0/8")), unknown, true),
             (Rule::DirectRemoteIp(net("192.0.2.0/24")), unknown, false),
             (Rule::RemoteIp(net("192.0.2.0/24")), unknown, true),
@@ -304,6 +320,9 @@ mod tests {
             principals: vec![],
             ..policy("a", Rule::Any)
         };
-        assert_eq!(decide(Action::Allow, vec![nobody]), Err(DENIED_BY_NONE.to_owned()));
+        assert_eq!(
+            decide(Action::Allow, vec![nobody]),
+            Err(DENIED_BY_NONE.to_owned())
+        );
     }
 }

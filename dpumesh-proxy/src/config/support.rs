@@ -181,10 +181,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension",
         &["typed_config"],
     ),
-    (
-        "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
-        &[],
-    ),
+    ("envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig", &[]),
     (
         "envoy.extensions.filters.http.rbac.v3.RBAC",
         &["rules", "shadow_rules", "shadow_rules_stat_prefix"],
@@ -260,10 +257,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.extensions.filters.common.fault.v3.FaultDelay",
         &["fixed_delay", "percentage"],
     ),
-    (
-        "envoy.type.v3.FractionalPercent",
-        &["numerator", "denominator"],
-    ),
+    ("envoy.type.v3.FractionalPercent", &["numerator", "denominator"]),
     ("envoy.extensions.filters.http.cors.v3.Cors", &[]),
     (
         "envoy.extensions.filters.http.cors.v3.CorsPolicy",
@@ -515,6 +509,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "typed_extension_protocol_options",
             "transport_socket",
             "transport_socket_matches",
+            "common_lb_config",
         ],
     ),
     (
@@ -776,6 +771,11 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         &["http_protocol_options"],
     ),
     ("envoy.config.core.v3.Http2ProtocolOptions", &[]),
+    (
+        "envoy.config.cluster.v3.Cluster.CommonLbConfig",
+        &["healthy_panic_threshold"],
+    ),
+    ("envoy.type.v3.Percent", &["value"]),
 ];
 
 /// Fields that are accepted and change nothing here: message, field, why that is safe.
@@ -1001,7 +1001,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "weighted_priority_health",
         "spreads load over priorities; only priority 0 is accepted",
     ),
-    ("envoy.config.cluster.v3.CircuitBreakers.Thresholds", "max_retries", "a request is retried at most as often as its route says"),
+    (
+        "envoy.config.cluster.v3.CircuitBreakers.Thresholds",
+        "max_retries",
+        "a request is retried at most as often as its route says",
+    ),
 ];
 
 /// Refuses every set field of `message` (and of all it contains) that is in neither list.

@@ -426,6 +426,15 @@ impl Context<'_> {
                 }
             }
         }
+        let panic = at
+            .message("common_lb_config")
+            .and_then(|c| c.message("healthy_panic_threshold"));
+        if let Some(panic) = panic.filter(|p| p.has("value")) {
+            return Err(panic.refuse(
+                "value",
+                "only 0 is supported: endpoints that are not healthy get nothing",
+            ));
+        }
         let connect_timeout = at
             .duration("connect_timeout")?
             .unwrap_or(std::time::Duration::from_secs(5));

@@ -39,7 +39,10 @@ pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<Rout
             let mut route = route(at, clusters, validate, limit, &of_host)?;
             if let Action::Forward(forward) = &mut route.action {
                 let has_own = at.message("route").is_some_and(|r| r.has("retry_policy"));
-                forward.retry = forward.retry.take().or_else(|| retry.clone().filter(|_| !has_own));
+                forward.retry = forward
+                    .retry
+                    .take()
+                    .or_else(|| retry.clone().filter(|_| !has_own));
             }
             Ok(route)
         });
@@ -93,13 +96,7 @@ fn put(list: &mut Vec<(Vec<u8>, usize)>, part: &[u8], index: usize) -> bool {
     fresh
 }
 
-fn route(
-    at: &At,
-    clusters: &Clusters,
-    validate: bool,
-    limit: usize,
-    of_host: &PerFilter,
-) -> Result<Route> {
+fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &PerFilter) -> Result<Route> {
     let Some(matcher) = at.message("match") else {
         return Err(at.refuse("match", "must be given"));
     };

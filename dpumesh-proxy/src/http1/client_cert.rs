@@ -136,9 +136,8 @@ mod tests {
     fn elements_are_written_as_envoy_does() {
         let own = "x-forwarded-client-cert: By=x\r\nX-Forwarded-Client-Cert: By=y\r\n";
         let hash = "ab".repeat(32);
-        let element = format!(
-            "By=spiffe://td/ns/a/sa/server;Hash={hash};Subject=\"\";URI=spiffe://td/ns/a/sa/client"
-        );
+        let element =
+            format!("By=spiffe://td/ns/a/sa/server;Hash={hash};Subject=\"\";URI=spiffe://td/ns/a/sa/client");
         let line = |value: &str| format!("x-forwarded-client-cert: {value}\r\n");
         for (forwarding, peer, wanted) in [
             (Forwarding::Sanitize, true, String::new()),

@@ -398,7 +398,9 @@ pub(super) fn response_head(
             reply::header(name, value, &mut out);
         }
     }
-    let service_ms = rewrite.service_ms.filter(|_| !manager.policy.suppress_envoy_headers);
+    let service_ms = rewrite
+        .service_ms
+        .filter(|_| !manager.policy.suppress_envoy_headers);
     if let Some(ms) = service_ms.filter(|_| !changes.drops(b"x-envoy-upstream-service-time")) {
         reply::header(b"x-envoy-upstream-service-time", &ms, &mut out);
     }

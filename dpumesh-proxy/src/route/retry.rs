@@ -123,9 +123,10 @@ impl RetryPolicy {
         let whatever = Self::any_of(&[RetryOn::SERVER_ERROR, RetryOn::GATEWAY_ERROR, RetryOn::RESET]);
         self.on.has(whatever)
             || match reset {
-                Reset::Connect => self
-                    .on
-                    .has(Self::any_of(&[RetryOn::CONNECT_FAILURE, RetryOn::RESET_BEFORE_REQUEST])),
+                Reset::Connect => self.on.has(Self::any_of(&[
+                    RetryOn::CONNECT_FAILURE,
+                    RetryOn::RESET_BEFORE_REQUEST,
+                ])),
                 Reset::Broken { begun } => !begun && self.on.has(RetryOn::RESET_BEFORE_REQUEST),
                 Reset::TryTimeout => false,
             }

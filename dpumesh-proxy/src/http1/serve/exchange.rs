@@ -102,7 +102,11 @@ impl Session {
                     Poll::Pending => break,
                 }
             }
-            if !sending && alarm.poll(cx, earlier(call.deadline, call.try_deadline)).is_ready() {
+            if !sending
+                && alarm
+                    .poll(cx, earlier(call.deadline, call.try_deadline))
+                    .is_ready()
+            {
                 let whole = call.deadline.is_some_and(|at| Instant::now() >= at);
                 return Poll::Ready(Err(if whole {
                     Failure::Timeout

@@ -52,7 +52,8 @@ impl Session {
                 HttpFilter::Fault(own, stats) => {
                     let of_route = passing.route.and_then(|r| r.fault.as_deref());
                     if let Some(fault) = of_route.or(own.as_deref()) {
-                        self.inject(buffers, passing, fault, (stats, &mut filtered)).await?;
+                        self.inject(buffers, passing, fault, (stats, &mut filtered))
+                            .await?;
                     }
                 }
                 HttpFilter::Cors(stats) => {
@@ -188,7 +189,8 @@ impl Session {
         };
         stats.inc(self.worker.shard, member);
         let asks = fields.get(head, b"access-control-request-method");
-        let preflight = self.view(buffers, passing).method() == b"OPTIONS" && asks.is_some_and(|m| !m.is_empty());
+        let preflight =
+            self.view(buffers, passing).method() == b"OPTIONS" && asks.is_some_and(|m| !m.is_empty());
         let headers = if allowed {
             cors.response_headers(origin, preflight)
         } else {

@@ -112,7 +112,11 @@ impl Session {
         let short = left.filter(|left| *left <= pause);
         let paused = self.pause(buffers, short.unwrap_or(pause)).await;
         paused.map_err(|()| Failure::Client)?;
-        if short.is_some() { Err(Failure::Timeout) } else { Ok(()) }
+        if short.is_some() {
+            Err(Failure::Timeout)
+        } else {
+            Ok(())
+        }
     }
 
     /// One attempt at one endpoint; a pooled connection that proves dead is replaced by a new one where that is safe.
@@ -234,7 +238,14 @@ fn begin(
     buffers.request_out.clear();
     let expected = time_limit(call, attempts);
     let changes = &call.changes;
-    rewrite::request_head(buffers, call.manager, &peer.connection, call.rewrite, changes, expected);
+    rewrite::request_head(
+        buffers,
+        call.manager,
+        &peer.connection,
+        call.rewrite,
+        changes,
+        expected,
+    );
     call.head_length = buffers.request_out.len();
     if let Some(mut flow) = before {
         if flow.untouched() {

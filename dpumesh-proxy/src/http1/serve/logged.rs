@@ -53,7 +53,12 @@ impl Session {
         self.log(&record);
     }
 
-    pub(super) fn record<'r>(&'r self, outcome: &'r Outcome, start: SystemTime, duration: Duration) -> Record<'r> {
+    pub(super) fn record<'r>(
+        &'r self,
+        outcome: &'r Outcome,
+        start: SystemTime,
+        duration: Duration,
+    ) -> Record<'r> {
         Record {
             start,
             duration,

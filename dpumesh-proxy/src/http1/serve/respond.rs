@@ -172,7 +172,9 @@ impl Session {
                         begun: true,
                     }));
                 }
-                Poll::Ready(Err(FlowError::Framing(_))) => return Poll::Ready(Err(Failure::Protocol { begun: true })),
+                Poll::Ready(Err(FlowError::Framing(_))) => {
+                    return Poll::Ready(Err(Failure::Protocol { begun: true }));
+                }
                 Poll::Pending => {}
             }
             if alarm.poll(cx, call.deadline).is_ready() {
