@@ -1,7 +1,8 @@
 //! The TCP proxy: two connections, octets both ways, half-close kept, RST passed on.
 //!
 //! A direction that ends is shut down on the other side while the opposite one goes on. A connection that breaks resets
-//! its counterpart, so that neither side takes a broken stream for a finished one.
+//! its counterpart, so that neither side takes a broken stream for a finished one. A connection whose filter chain is changed or gone
+//! (its rules may be others now) is closed a little later.
 
 use std::future::poll_fn;
 use std::io;
@@ -21,7 +22,10 @@ use crate::http1::buffer::Buffer;
 use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
 use crate::tls::Stream;
 use crate::upstream::{NoConnection, Pooled};
-use crate::worker::{Buffers, Entry, Peer, Worker};
+use crate::worker::{Buffers, Entry, Peer, Place, Worker};
+
+/// How long a connection may go on whose filter chain is changed or gone.
+const CHAIN_GONE: Duration = Duration::from_secs(10);
 
 /// Read buffer of a direction that proves busy, octets.
 const BUSY_BUFFER: usize = 64 * 1024;
@@ -32,6 +36,7 @@ pub(crate) async fn relay(
     entry: Entry,
     mut client: Stream,
     peer: Peer,
+    place: Place,
     proxy: Arc<TcpProxy>,
 ) {
     let (begun, wall) = (Instant::now(), SystemTime::now());
@@ -76,7 +81,8 @@ pub(crate) async fn relay(
                 None => client.reset_on_close(),
                 Some((_picked, server)) => {
                     end.flags = "";
-                    pump(&worker, &entry, &mut client, server, proxy.idle_timeout, &mut end).await;
+                    let ends = (&mut client, server);
+                    pump(&worker, &entry, &place, ends, proxy.idle_timeout, &mut end).await;
                     lane.cluster
                         .stats
                         .add(shard, ClusterStat::CxTxBytes, end.received);
@@ -131,14 +137,15 @@ struct End {
 async fn pump(
     worker: &Worker,
     entry: &Entry,
-    client: &mut Stream,
-    mut server: Pooled,
+    place: &Place,
+    (client, mut server): (&mut Stream, Pooled),
     idle_timeout: Option<Duration>,
     end: &mut End,
 ) {
     let mut alarm = Alarm::default();
     let mut idle_until = idle_timeout.map(|t| Instant::now() + t);
     let mut seen = 0;
+    let (mut generation, mut gone) = (worker.generation(), None);
     let (mut up, mut down) = (Direction::default(), Direction::default());
     let result: Result<(), Broken> = poll_fn(|cx| {
         let a = up.poll(
@@ -161,7 +168,15 @@ async fn pump(
             return Poll::Ready(Ok(()));
         }
         entry.wake_by(cx.waker());
-        let last = worker.draining().map(|(_, deadline)| deadline);
+        if generation != worker.generation() {
+            generation = worker.generation();
+            gone = if place.is_in_force(&worker.program()) {
+                None
+            } else {
+                gone.or_else(|| Some(Instant::now() + CHAIN_GONE))
+            };
+        }
+        let last = earlier(worker.draining().map(|(_, deadline)| deadline), gone);
         while alarm.poll(cx, earlier(idle_until, last)).is_ready() {
             let now = Instant::now();
             if last.is_some_and(|last| now >= last) {

@@ -30,6 +30,7 @@ use crate::http1::reply::Date;
 use crate::http1::serve;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
+use crate::rbac;
 use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
 use crate::tls::{Connection, Protocols, Secrets, Stream};
@@ -135,6 +136,15 @@ pub struct Place {
     pub listener: Arc<Listener>,
     /// The chain.
     pub chain: Arc<FilterChain>,
+}
+
+impl Place {
+    /// Whether `program` has this chain still.
+    pub fn is_in_force(&self, program: &Program) -> bool {
+        let mut listeners = program.config.listeners.iter();
+        let now = listeners.find(|l| l.name == self.listener.name);
+        now.is_some_and(|now| now.same_chain(&self.listener, &self.chain).is_some())
+    }
 }
 
 /// The two ends of a client connection.
@@ -527,17 +537,38 @@ async fn connection(
             Terminal::Tcp(_) => None,
         },
     };
+    if !passes(&worker, &chain, &peer) {
+        stream.reset_on_close();
+        return;
+    }
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
+    let place = Place { listener, chain };
     match terminal {
-        Terminal::Http(manager) => {
-            let place = Place { listener, chain };
-            serve::serve(worker, program, entry, stream, peer, place, manager).await;
-        }
-        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, proxy).await,
+        Terminal::Http(manager) => serve::serve(worker, program, entry, stream, peer, place, manager).await,
+        Terminal::Tcp(proxy) => tcp::relay(worker, entry, stream, peer, place, proxy).await,
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);
+}
+
+/// Whether the chain's rules let the connection pass. They are asked at once, not at the first octet: nothing they look at changes by
+/// it, and a server that speaks first says nothing to a client that may not be there.
+fn passes(worker: &Worker, chain: &FilterChain, peer: &Peer) -> bool {
+    let connection = rbac::Connection {
+        peer: peer.connection.peer.as_deref(),
+        direct_remote: peer.remote,
+        remote: peer.remote.ip(),
+        destination: peer.local,
+        server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
+    };
+    for rules in &chain.rbac {
+        if let Err(details) = rules.check(&connection, &rbac::NoRequest, worker.shard) {
+            tracing::debug!(chain = %chain.name, client = %peer.remote, details, "connection refused");
+            return false;
+        }
+    }
+    true
 }
 
 /// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.
