@@ -565,7 +565,6 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.config.listener.v3.ListenerFilterChainMatchPredicate.MatchSet",
         &["rules"],
     ),
-    ("envoy.type.v3.Int32Range", &["start", "end"]),
     (
         "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
         &[],
@@ -633,10 +632,6 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     ("xds.core.v3.TypedExtensionConfig", &["name", "typed_config"]),
     ("xds.core.v3.CidrRange", &["address_prefix", "prefix_len"]),
-    (
-        "envoy.config.core.v3.TypedExtensionConfig",
-        &["name", "typed_config"],
-    ),
     (
         "envoy.extensions.matching.common_inputs.network.v3.DestinationPortInput",
         &[],

@@ -365,6 +365,21 @@ impl Running {
         Self { proxy, folder }
     }
 
+    pub(crate) fn start_with_secrets(
+        bootstrap: &str,
+        secrets: std::sync::Arc<dyn dpumesh_proxy::tls::Secrets>,
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bootstrap.yaml");
+        std::fs::write(&path, bootstrap).unwrap();
+        let options = Options {
+            secrets: Some(secrets),
+            ..Options::new(path)
+        };
+        let proxy = Proxy::start(options).unwrap_or_else(|e| panic!("{e}\n{bootstrap}"));
+        Self { proxy, folder }
+    }
+
     pub(crate) fn web(&self) -> SocketAddr {
         self.proxy.listener_address("web").unwrap()
     }

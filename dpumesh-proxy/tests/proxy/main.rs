@@ -6,6 +6,7 @@ mod framing;
 mod harness;
 mod http;
 mod load;
+mod mesh;
 mod netns;
 mod policy;
 mod reload;
