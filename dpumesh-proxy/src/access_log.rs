@@ -144,6 +144,11 @@ impl AccessLog {
         })
     }
 
+    /// Whether [`Extra::upstream_local`] is wanted, which costs a system call.
+    pub fn asks_for_upstream_local(&self) -> bool {
+        self.parts.contains(&Part::UpstreamLocal)
+    }
+
     /// Renders one line into the worker's buffer.
     pub fn log(&self, record: &Record<'_>, lines: &mut Lines) {
         let buffer = lines.buffer(&self.sink);

@@ -17,6 +17,7 @@ use regex::bytes::Regex;
 use crate::route::{HeaderMatch, RequestView, Text};
 use crate::stats::{Rbac as Stat, Scope, Shard};
 use crate::tls::PeerIdentity;
+use crate::worker::Peer;
 
 /// The body of a refused request's 403.
 pub const DENIED_BODY: &str = "RBAC: access denied";
@@ -44,10 +45,21 @@ pub struct Connection<'a> {
 pub struct Filter {
     /// Rules in force; `None` lets everything pass.
     pub rules: Option<Policies>,
-    /// Rules that change nothing but these two counters (let pass, would have refused).
-    pub shadow: Option<(Policies, [Stat; 2])>,
+    /// Rules that change nothing but counters.
+    pub shadow: Option<Shadow>,
     /// `PREFIX.rbac.*`
     pub stats: Arc<Scope>,
+}
+
+/// Rules that are tried, not enforced.
+#[derive(Debug)]
+pub struct Shadow {
+    /// The rules.
+    pub rules: Policies,
+    /// `PREFIX.rbac.NAME.*`, or `PREFIX.rbac.*` for rules without a name.
+    pub stats: Arc<Scope>,
+    /// Counts what they let pass, and what they would have refused.
+    pub members: [usize; 2],
 }
 
 /// Policies of one action, by name.
@@ -85,11 +97,11 @@ pub enum Rule {
     /// Always.
     Any,
     /// All of them.
-    And(Vec<Rule>),
+    And(Vec<Self>),
     /// One of them.
-    Or(Vec<Rule>),
+    Or(Vec<Self>),
     /// Not it.
-    Not(Box<Rule>),
+    Not(Box<Self>),
     /// A header, or `:method`, `:authority`, `:path`.
     Header(HeaderMatch),
     /// The path without its query.
@@ -121,12 +133,9 @@ impl Filter {
         request: &impl RequestView,
         shard: Shard,
     ) -> Result<(), &str> {
-        if let Some((shadow, [passed, refused])) = &self.shadow {
-            let member = match shadow.decide(connection, request) {
-                Ok(()) => *passed,
-                Err(_) => *refused,
-            };
-            self.stats.inc(shard, member);
+        if let Some(shadow) = &self.shadow {
+            let refused = shadow.rules.decide(connection, request).is_err();
+            shadow.stats.inc(shard, shadow.members[usize::from(refused)]);
         }
         let Some(rules) = &self.rules else {
             return Ok(());
@@ -192,6 +201,34 @@ impl Rule {
 fn is_named(peer: &PeerIdentity, name: &Text) -> bool {
     let mut sans = peer.uri_sans.iter().chain(&peer.dns_sans);
     sans.any(|san| name.holds(san.as_bytes())) || name.holds(peer.subject.as_bytes())
+}
+
+/// Whether a connection passes the rules of its chain. They are asked at once, not at the first octet as in Envoy:
+/// nothing they look at changes by it, and a server that speaks first says nothing to a client that may not be there.
+///
+/// # Errors
+/// The details of the refusal.
+pub fn admit<'a>(filters: &'a [Filter], peer: &Peer, shard: Shard) -> Result<(), &'a str> {
+    if filters.is_empty() {
+        return Ok(());
+    }
+    let connection = Connection::of(peer);
+    filters
+        .iter()
+        .try_for_each(|filter| filter.check(&connection, &NoRequest, shard))
+}
+
+impl<'a> Connection<'a> {
+    /// A connection of which no request says where it comes from.
+    pub fn of(peer: &'a Peer) -> Self {
+        Self {
+            peer: peer.connection.peer.as_deref(),
+            direct_remote: peer.remote,
+            remote: peer.remote.ip(),
+            destination: peer.local,
+            server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
+        }
+    }
 }
 
 /// The path without its query; `None` where there is no request.

@@ -2,7 +2,7 @@
 //!
 //! Works on borrowed parts of the request and allocates nothing. Order and details are Envoy's: exact domains before
 //! the longest suffix wildcard (`*.a.b`), before the longest prefix wildcard (`a.*`), before `*`; path matches look at
-//! the path without its query; header values of a repeated header are joined by commas.
+//! the path without its query; of a repeated header one value has to match (inverted: none may).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -401,30 +401,19 @@ impl HeaderMatch {
             b":scheme" => Some(request.scheme()),
             _ => None,
         };
-        let (mut first, mut count) = (pseudo, usize::from(pseudo.is_some()));
-        if pseudo.is_none() {
-            request.each_header(&self.name, &mut |value| {
-                first.get_or_insert(value);
-                count += 1;
-            });
+        let (mut there, mut holds) = (pseudo.is_some(), false);
+        match pseudo {
+            Some(value) => holds = self.value.holds(value),
+            None => request.each_header(&self.name, &mut |value| {
+                there = true;
+                holds |= self.value.holds(value);
+            }),
         }
-        let found = match (&self.value, count) {
-            (ValueMatch::Present(wanted), _) => return (count > 0) == *wanted ^ self.invert,
-            (_, 0) if !self.missing_is_empty => return false,
-            (value, 0) => value.holds(b""),
-            (value, 1) => value.holds(first.unwrap_or_default()),
-            (value, _) => {
-                let mut joined = Vec::new();
-                request.each_header(&self.name, &mut |part| {
-                    if !joined.is_empty() {
-                        joined.push(b',');
-                    }
-                    joined.extend_from_slice(part);
-                });
-                value.holds(&joined)
-            }
-        };
-        found ^ self.invert
+        match &self.value {
+            ValueMatch::Present(wanted) => (there == *wanted) ^ self.invert,
+            _ if there => holds ^ self.invert,
+            value => self.missing_is_empty && (value.holds(b"") ^ self.invert),
+        }
     }
 }
 
@@ -625,7 +614,10 @@ mod tests {
             (header(exact("a"), true, false), vec!["a"], false),
             (header(exact("a"), true, false), vec![], false),
             (header(exact("a"), true, true), vec![], true),
-            (header(exact("a,b"), false, false), vec!["a", "b"], true),
+            (header(exact("b"), false, false), vec!["a", "b"], true),
+            (header(exact("a,b"), false, false), vec!["a", "b"], false),
+            (header(exact("b"), true, false), vec!["a", "b"], false),
+            (header(exact("c"), true, false), vec!["a", "b"], true),
             (header(ValueMatch::Present(true), false, false), vec![], false),
             (header(ValueMatch::Present(true), true, false), vec![], true),
             (header(ValueMatch::Present(false), false, false), vec![], true),

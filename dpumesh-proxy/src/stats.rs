@@ -95,10 +95,14 @@ members! {
         Denied = "denied" Counter,
         ShadowAllowed = "shadow_allowed" Counter,
         ShadowDenied = "shadow_denied" Counter,
-        DryRunAllowAllowed = "istio_dry_run_allow_shadow_allowed" Counter,
-        DryRunAllowDenied = "istio_dry_run_allow_shadow_denied" Counter,
-        DryRunDenyAllowed = "istio_dry_run_deny_shadow_allowed" Counter,
-        DryRunDenyDenied = "istio_dry_run_deny_shadow_denied" Counter,
+    }
+}
+
+members! {
+    /// `http.PREFIX.rbac.NAME.*`: shadow rules with a statistics prefix of their own.
+    RbacShadow {
+        Allowed = "shadow_allowed" Counter,
+        Denied = "shadow_denied" Counter,
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::access_log::{Extra, Record};
 use crate::alarm::{Alarm, earlier};
-use crate::config::model::TcpProxy;
+use crate::config::model::{TcpProxy, Terminal};
 use crate::http1::buffer::Buffer;
 use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
 use crate::tls::Stream;
@@ -115,13 +115,48 @@ pub(crate) async fn relay(
         remote: peer.remote,
         local: peer.local,
         ingress: peer.ingress,
-        extra: Extra::default(),
+        extra: Extra {
+            server_name: peer.connection.server_name.as_deref(),
+            ..Extra::default()
+        },
     };
     let mut lines = worker.lines.borrow_mut();
     proxy
         .access_log
         .iter()
         .for_each(|log| log.log(&record, &mut lines));
+}
+
+/// Logs a connection that the access rules of its chain refused.
+pub(crate) fn log_refused(worker: &Worker, terminal: &Terminal, peer: &Peer, details: &str) {
+    let logs = match terminal {
+        Terminal::Tcp(proxy) => &proxy.access_log,
+        Terminal::Http(manager) => &manager.access_log,
+    };
+    let record = Record {
+        start: SystemTime::now(),
+        duration: Duration::ZERO,
+        request: None,
+        response: None,
+        protocol: None,
+        status: 0,
+        flags: "",
+        received: 0,
+        sent: 0,
+        upstream: None,
+        cluster: None,
+        route: None,
+        remote: peer.remote,
+        local: peer.local,
+        ingress: peer.ingress,
+        extra: Extra {
+            termination: Some(details),
+            server_name: peer.connection.server_name.as_deref(),
+            ..Extra::default()
+        },
+    };
+    let mut lines = worker.lines.borrow_mut();
+    logs.iter().for_each(|log| log.log(&record, &mut lines));
 }
 
 /// How a connection ended.

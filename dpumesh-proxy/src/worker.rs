@@ -537,7 +537,8 @@ async fn connection(
             Terminal::Tcp(_) => None,
         },
     };
-    if !passes(&worker, &chain, &peer) {
+    if let Err(details) = rbac::admit(&chain.rbac, &peer, shard) {
+        tcp::log_refused(&worker, &terminal, &peer, details);
         stream.reset_on_close();
         return;
     }
@@ -550,25 +551,6 @@ async fn connection(
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);
-}
-
-/// Whether the chain's rules let the connection pass. They are asked at once, not at the first octet: nothing they look at changes by
-/// it, and a server that speaks first says nothing to a client that may not be there.
-fn passes(worker: &Worker, chain: &FilterChain, peer: &Peer) -> bool {
-    let connection = rbac::Connection {
-        peer: peer.connection.peer.as_deref(),
-        direct_remote: peer.remote,
-        remote: peer.remote.ip(),
-        destination: peer.local,
-        server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
-    };
-    for rules in &chain.rbac {
-        if let Err(details) = rules.check(&connection, &rbac::NoRequest, worker.shard) {
-            tracing::debug!(chain = %chain.name, client = %peer.remote, details, "connection refused");
-            return false;
-        }
-    }
-    true
 }
 
 /// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.

@@ -138,6 +138,7 @@ impl Files {
     /// # Errors
     /// The first thing refused, in whichever file.
     pub fn load(&mut self, registry: &Registry, sinks: &Sinks) -> Result<Config> {
+        ads::server(&self.bootstrap)?;
         let mut fresh = HashMap::new();
         let mut read = |service: Service, file: &WatchedFile| {
             let key = (service, file.path.clone());

@@ -4,6 +4,7 @@
 //! filter state (which the JWT filter would set), the LOG action (AUDIT), conditions in CEL, matcher trees.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use prost_reflect::Value;
 
@@ -11,8 +12,8 @@ use super::ConfigError;
 use super::re2;
 use super::schema::At;
 use super::translate_route::{header_match, string_match};
-use crate::rbac::{Action, Filter, Policies, Policy, Rule};
-use crate::stats::{self, Rbac as Stat, Registry};
+use crate::rbac::{Action, Filter, Policies, Policy, Rule, Shadow};
+use crate::stats::{self, Registry, Scope};
 
 type Result<T> = std::result::Result<T, ConfigError>;
 
@@ -31,27 +32,44 @@ pub(super) fn network(at: &At, registry: &Registry) -> Result<Filter> {
 }
 
 fn filter(at: &At, scope: &str, registry: &Registry) -> Result<Filter> {
-    let shadow = match at.message("shadow_rules") {
-        Some(rules) => Some((policies(&rules)?, shadow_counters(at)?)),
-        None => None,
-    };
+    let stats = registry.scope(scope, stats::Rbac::TABLE);
     Ok(Filter {
         rules: at.message("rules").map(|rules| policies(&rules)).transpose()?,
-        shadow,
-        stats: registry.scope(scope, stats::Rbac::TABLE),
+        shadow: match at.message("shadow_rules") {
+            Some(rules) => {
+                let rules = policies(&rules)?;
+                Some(shadow(
+                    rules,
+                    at.text("shadow_rules_stat_prefix"),
+                    &stats,
+                    registry,
+                ))
+            }
+            None => None,
+        },
+        stats,
     })
 }
 
-/// The counters of shadow rules: the prefixes are the ones that Istio's dry run uses.
-fn shadow_counters(at: &At) -> Result<[Stat; 2]> {
-    match at.text("shadow_rules_stat_prefix").as_str() {
-        "" => Ok([Stat::ShadowAllowed, Stat::ShadowDenied]),
-        "istio_dry_run_allow_" => Ok([Stat::DryRunAllowAllowed, Stat::DryRunAllowDenied]),
-        "istio_dry_run_deny_" => Ok([Stat::DryRunDenyAllowed, Stat::DryRunDenyDenied]),
-        other => Err(at.refuse(
-            "shadow_rules_stat_prefix",
-            format!("{other:?} is not supported yet"),
-        )),
+fn shadow(rules: Policies, prefix: String, stats: &Arc<Scope>, registry: &Registry) -> Shadow {
+    if prefix.is_empty() {
+        return Shadow {
+            rules,
+            stats: Arc::clone(stats),
+            members: [
+                stats::Rbac::ShadowAllowed.into(),
+                stats::Rbac::ShadowDenied.into(),
+            ],
+        };
+    }
+    let name = format!("{}.{}", stats.name(), prefix.trim_end_matches('.'));
+    Shadow {
+        rules,
+        stats: registry.scope(&name, stats::RbacShadow::TABLE),
+        members: [
+            stats::RbacShadow::Allowed.into(),
+            stats::RbacShadow::Denied.into(),
+        ],
     }
 }
 

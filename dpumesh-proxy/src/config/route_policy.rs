@@ -7,7 +7,7 @@ use super::ConfigError;
 use super::schema::At;
 use super::translate_route::{header_match, is_value, string_match};
 use crate::route::cors::Cors;
-use crate::route::fault::{Fault, Percentage, status_of_grpc};
+use crate::route::fault::{Fault, Percentage};
 use crate::route::retry::{RetryOn, RetryPolicy};
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -107,7 +107,8 @@ pub(super) fn fault(at: &At) -> Result<Fault> {
     }
     if let Some(abort) = at.message("abort") {
         let status = if abort.has("grpc_status") {
-            status_of_grpc(abort.number_or("grpc_status", 0))
+            // What Envoy answers to a request that is not gRPC; gRPC itself needs HTTP/2, which is not spoken here.
+            200
         } else {
             let status = abort.number_or("http_status", 0);
             u16::try_from(status)

@@ -842,6 +842,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "names a trace span; tracing itself is refused",
     ),
     (
+        "envoy.config.route.v3.RetryPolicy",
+        "retry_priority",
+        "picks another priority; only priority 0 is accepted",
+    ),
+    (
         "envoy.config.route.v3.RouteAction",
         "max_grpc_timeout",
         "gRPC needs HTTP/2, which is not spoken here",

@@ -30,23 +30,26 @@ impl Cors {
         self.origins.iter().any(|o| o.holds(b"*") || o.holds(origin))
     }
 
-    /// What is added to the response to a request of an allowed origin; to a preflight's more than to others.
-    pub fn response_headers(&self, origin: &[u8], preflight: bool) -> Vec<AddHeader> {
-        let mut all = vec![header("access-control-allow-origin", origin)];
-        if self.credentials {
-            all.push(header("access-control-allow-credentials", b"true"));
-        }
+    /// What is added to the response to a request; `origin` is there if it may cross. A preflight is told what is
+    /// allowed in any case, as Envoy does.
+    pub fn response_headers(&self, origin: Option<&[u8]>, preflight: bool) -> Vec<AddHeader> {
+        let mut all = Vec::new();
         let mut put = |name, value: &[u8]| {
             if !value.is_empty() {
                 all.push(header(name, value));
             }
         };
+        if let Some(origin) = origin {
+            put("access-control-allow-origin", origin);
+            put("access-control-expose-headers", &self.expose);
+        }
+        if self.credentials && (origin.is_some() || preflight) {
+            put("access-control-allow-credentials", b"true");
+        }
         if preflight {
             put("access-control-allow-methods", &self.methods);
             put("access-control-allow-headers", &self.headers);
             put("access-control-max-age", &self.max_age);
-        } else {
-            put("access-control-expose-headers", &self.expose);
         }
         all
     }

@@ -38,24 +38,6 @@ impl Fault {
     }
 }
 
-/// The HTTP status by which a gRPC status is told to a client that speaks plain HTTP, as in Envoy.
-pub fn status_of_grpc(code: u32) -> u16 {
-    match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

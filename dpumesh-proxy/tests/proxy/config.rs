@@ -86,18 +86,9 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         ("/stats_sinks".to_owned(), json!([{"name": "x"}])),
         (format!("{listener}/use_original_dst"), json!(true)),
         (format!("{listener}/bind_to_port"), json!(false)),
-        (format!("{listener}/listener_filters_timeout"), json!("1s")),
         (
             format!("{listener}/connection_balance_config"),
             json!({"exact_balance": {}}),
-        ),
-        (
-            format!("{listener}/filter_chains/0/transport_socket"),
-            json!({"name": "tls"}),
-        ),
-        (
-            format!("{listener}/filter_chains/0/filter_chain_match"),
-            json!({"server_names": ["a"]}),
         ),
         (
             format!("{manager}/upgrade_configs"),
@@ -134,9 +125,7 @@ fn what_is_not_implemented_is_refused_with_its_path() {
             json!({"default_value": {"numerator": 1}}),
         ),
         (format!("{route}/match/grpc"), json!({})),
-        (format!("{cluster}/transport_socket"), json!({"name": "tls"})),
         (format!("{cluster}/health_checks"), json!([{"timeout": "1s"}])),
-        (format!("{cluster}/outlier_detection"), json!({})),
         (format!("{cluster}/type"), json!("STRICT_DNS")),
         (format!("{cluster}/lb_policy"), json!("MAGLEV")),
         (format!("{cluster}/http2_protocol_options"), json!({})),
@@ -174,15 +163,47 @@ fn as_path(pointer: &str) -> String {
 }
 
 #[test]
-fn tls_is_refused_in_plain_words() {
-    let text = with(
-        "/static_resources/listeners/0/filter_chains/0/transport_socket",
-        serde_json::json!({"name": "tls"}),
-    );
-    let error = load("a.json", &text).unwrap_err().to_string();
+fn tls_that_verifies_nobody_is_refused() {
+    let upstream = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
+    let downstream = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
+    let refused = |pointer: &str, typed: serde_json::Value| {
+        let socket = serde_json::json!({"name": "tls", "typed_config": typed});
+        load("a.json", &with(pointer, socket)).unwrap_err().to_string()
+    };
+    let cluster = "/static_resources/clusters/0/transport_socket";
+    let common = "static_resources.clusters[0].transport_socket.typed_config.common_tls_context";
     assert_eq!(
-        error,
-        "static_resources.listeners[0].filter_chains[0].transport_socket: TLS is not supported yet"
+        refused(
+            cluster,
+            serde_json::json!({"@type": upstream, "sni": "a", "common_tls_context": {}})
+        ),
+        format!(
+            "{common}.validation_context: trusted roots must be given: a server that is not verified is not connected to"
+        )
+    );
+    let old = serde_json::json!({"@type": upstream, "common_tls_context": {"tls_params": {"tls_maximum_protocol_version": "TLSv1_1"},
+        "validation_context_sds_secret_config": {"name": "ROOTCA@td", "sds_config": {"ads": {}}}}});
+    assert_eq!(
+        refused(cluster, old),
+        format!(
+            "{common}.tls_params.tls_maximum_protocol_version: TLSv1_1: versions before TLS 1.2 are not spoken"
+        )
+    );
+    let chain = "/static_resources/listeners/0/filter_chains/0/transport_socket";
+    let error = refused(
+        chain,
+        serde_json::json!({"@type": downstream, "common_tls_context": {}}),
+    );
+    assert!(
+        error.ends_with("tls_certificates: a certificate must be given"),
+        "{error}"
+    );
+    let hostless = serde_json::json!({"@type": downstream, "require_client_certificate": true, "common_tls_context": {
+        "tls_certificate_sds_secret_configs": [{"name": "spiffe://td/ns/a/sa/b", "sds_config": {"ads": {}}}]}});
+    let error = refused(chain, hostless);
+    assert!(
+        error.ends_with("trusted roots must be given where a client certificate is required"),
+        "{error}"
     );
 }
 
@@ -205,9 +226,7 @@ fn other_http_filters_are_refused_by_name() {
 fn what_access_rules_cannot_decide_is_refused_by_name() {
     use serde_json::json;
     let any = json!([{"any": true}]);
-    let policy = |permission, principal| {
-        json!({"policies": {"p": {"permissions": [permission], "principals": [principal]}}})
-    };
+    let policy = |permission, principal| json!({"policies": {"p": {"permissions": [permission], "principals": [principal]}}});
     let metadata = json!({"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "payload"}], "value": {"present_match": true}});
     let everything = || json!({"any": true});
     for (rules, path, reason) in [
@@ -218,7 +237,10 @@ fn what_access_rules_cannot_decide_is_refused_by_name() {
             "metadata of envoy.config.rbac.v3.Principal is not supported yet",
         ),
         (
-            policy(everything(), json!({"filter_state": {"key": "k", "string_match": {"exact": "a"}}})),
+            policy(
+                everything(),
+                json!({"filter_state": {"key": "k", "string_match": {"exact": "a"}}}),
+            ),
             ".policies[p].principals[0].filter_state",
             "filter_state of envoy.config.rbac.v3.Principal is not supported yet",
         ),
@@ -228,7 +250,10 @@ fn what_access_rules_cannot_decide_is_refused_by_name() {
             "metadata of envoy.config.rbac.v3.Permission is not supported yet",
         ),
         (
-            policy(json!({"url_path": {"path": {"safe_regex": {"regex": "a)("}}}}), everything()),
+            policy(
+                json!({"url_path": {"path": {"safe_regex": {"regex": "a)("}}}}),
+                everything(),
+            ),
             ".policies[p].permissions[0].url_path.path.safe_regex.regex",
             "",
         ),

@@ -11,16 +11,22 @@ use crate::harness::{Client, Endpoint, Running, await_true};
 pub(crate) enum Subject {
     /// This one.
     Ours(Running),
-    /// Envoy: process, its folder, listener, admin.
-    Envoy(Child, tempfile::TempDir, SocketAddr, SocketAddr),
+    /// Envoy.
+    Envoy {
+        process: Child,
+        web: SocketAddr,
+        admin: SocketAddr,
+        /// Its files, as long as it runs.
+        _folder: tempfile::TempDir,
+    },
 }
 
 impl Drop for Subject {
     fn drop(&mut self) {
-        if let Self::Envoy(child, ..) = self {
+        if let Self::Envoy { process, .. } = self {
             // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
+            let _ = process.kill();
+            let _ = process.wait();
         }
     }
 }
@@ -29,7 +35,7 @@ impl Subject {
     pub(crate) fn client(&self) -> Client {
         Client::connect(match self {
             Self::Ours(running) => running.web(),
-            Self::Envoy(_, _, web, _) => *web,
+            Self::Envoy { web, .. } => *web,
         })
     }
 
@@ -44,7 +50,7 @@ impl Subject {
     fn stat(&self, name: &str) -> u64 {
         match self {
             Self::Ours(running) => running.stat(name),
-            Self::Envoy(_, _, _, admin) => {
+            Self::Envoy { admin, .. } => {
                 let text = get(*admin, "/stats");
                 let line = text.lines().find_map(|l| l.strip_prefix(&format!("{name}: ")));
                 line.and_then(|n| n.trim().parse().ok()).unwrap_or_default()
@@ -55,7 +61,7 @@ impl Subject {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Ours(_) => "ours",
-            Self::Envoy(..) => "envoy",
+            Self::Envoy { .. } => "envoy",
         }
     }
 }
@@ -81,7 +87,7 @@ fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &
     std::fs::write(&file, bootstrap).unwrap();
     let admin_file = folder.path().join("admin");
     let log = folder.path().join("envoy.log");
-    let child = Command::new(binary)
+    let process = Command::new(binary)
         .args(["--disable-hot-restart", "--concurrency", "1", "-l", "warning"])
         .args(["--file-flush-interval-msec", "20"])
         .arg("-c")
@@ -94,25 +100,34 @@ fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let mut subject = Subject::Envoy(child, folder, ([0, 0, 0, 0], 0).into(), ([0, 0, 0, 0], 0).into());
-    let Subject::Envoy(child, _, web, admin) = &mut subject else {
-        unreachable!("made just above");
+    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+    let mut subject = Subject::Envoy {
+        process,
+        web: nowhere,
+        admin: nowhere,
+        _folder: folder,
     };
-    await_true("envoy listens", || {
-        if let Some(status) = child.try_wait().unwrap() {
-            panic!("envoy ended, {status}: {}", std::fs::read_to_string(&log).unwrap_or_default());
-        }
-        let Ok(address) = std::fs::read_to_string(&admin_file).unwrap_or_default().parse() else {
-            return false;
-        };
-        *admin = address;
-        if get(*admin, "/ready").trim() != "LIVE" {
-            return false;
-        }
-        let listeners = get(*admin, "/listeners");
-        let address = listeners.lines().find_map(|l| l.strip_prefix("web::"));
-        address.and_then(|a| a.parse().ok()).map(|a| *web = a).is_some()
-    });
+    if let Subject::Envoy {
+        process, web, admin, ..
+    } = &mut subject
+    {
+        await_true("envoy listens", || {
+            if let Some(status) = process.try_wait().unwrap() {
+                let log = std::fs::read_to_string(&log).unwrap_or_default();
+                panic!("envoy ended, {status}: {log}");
+            }
+            let Ok(address) = std::fs::read_to_string(&admin_file).unwrap_or_default().parse() else {
+                return false;
+            };
+            *admin = address;
+            if get(*admin, "/ready").trim() != "LIVE" {
+                return false;
+            }
+            let listeners = get(*admin, "/listeners");
+            let address = listeners.lines().find_map(|l| l.strip_prefix("web::"));
+            address.and_then(|a| a.parse().ok()).map(|a| *web = a).is_some()
+        });
+    }
     subject
 }
 

@@ -33,9 +33,16 @@ impl Authority {
 
     /// PEM of a certificate for a SPIFFE id, and of its key.
     pub(crate) fn leaf(&self, id: &str) -> (String, String) {
+        self.leaf_named(id, None)
+    }
+
+    /// The same, with a host name besides.
+    pub(crate) fn leaf_named(&self, id: &str, host: Option<&str>) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
+        let host = host.map(|host| SanType::DnsName(host.try_into().unwrap()));
+        params.subject_alt_names.extend(host);
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         (certificate.pem(), key.serialize_pem())
     }
@@ -92,7 +99,7 @@ fn upstream(expected: &str) -> String {
     )
 }
 
-fn http(cluster: &str) -> String {
+pub(crate) fn http(cluster: &str) -> String {
     format!(
         "{{name: hcm, typed_config: {{'@type': type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager, \
          stat_prefix: web, route_config: {{virtual_hosts: [{{name: all, domains: ['*'], routes: [{{match: {{prefix: /}}, route: {{cluster: {cluster}}}}}]}}]}}, \
@@ -100,7 +107,7 @@ fn http(cluster: &str) -> String {
     )
 }
 
-fn tcp(cluster: &str) -> String {
+pub(crate) fn tcp(cluster: &str) -> String {
     format!(
         "{{name: tcp, typed_config: {{'@type': type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: t, cluster: {cluster}}}}}"
     )
@@ -153,7 +160,7 @@ static_resources:
 }
 
 /// The outbound proxy: one listener for each identity, named `web` and `web2`.
-fn outbound(peer: SocketAddr, expected: &str, filter: &str, identities: &[&str]) -> String {
+pub(crate) fn outbound(peer: SocketAddr, expected: &str, filter: &str, identities: &[&str]) -> String {
     let mut listeners = String::new();
     for (index, identity) in identities.iter().enumerate() {
         let name = if index == 0 { "web" } else { "web2" };
@@ -229,11 +236,10 @@ fn requests_travel_under_mutual_tls_and_connections_are_kept() {
     ));
     client.send(&body);
     assert!(client.receive().body == body);
-    assert_eq!(client.get("/big").body.len(), 50 << 20);
     pair.inbound.await_stat("listener.in.ssl.handshake", 1);
     assert_eq!(pair.inbound.stat("listener.in.ssl.handshake"), 1);
     assert_eq!(pair.outbound.stat("cluster.mesh.ssl.handshake"), 1);
-    assert_eq!(endpoint.requests(), 5);
+    assert_eq!(endpoint.requests(), 4);
 }
 
 #[test]

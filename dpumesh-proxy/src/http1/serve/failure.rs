@@ -129,7 +129,14 @@ impl Session {
         if matches!(failure, NoConnection::Overflow) {
             reply = reply.header(b"x-envoy-overloaded", b"true");
         }
-        self.reply(buffers, reply).await
+        let mut outcome = self.reply(buffers, reply).await;
+        if let NoConnection::Failed(error) = &failure {
+            let text = error.to_string();
+            // "(os error 111)" is no part of the reason.
+            let text = text.split(" (os error").next().unwrap_or_default();
+            outcome.transport_failure = Some(text.replace(' ', "_"));
+        }
+        outcome
     }
 
     /// Answers for an endpoint that did not.

@@ -72,14 +72,8 @@ impl Session {
         passing: &Passing<'_, '_>,
         filter: &rbac::Filter,
     ) -> Result<(), Outcome> {
-        let peer = &self.peer;
-        let connection = rbac::Connection {
-            peer: peer.connection.peer.as_deref(),
-            direct_remote: peer.remote,
-            remote: forwarded_for(buffers).unwrap_or_else(|| peer.remote.ip()),
-            destination: peer.local,
-            server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
-        };
+        let mut connection = rbac::Connection::of(&self.peer);
+        connection.remote = forwarded_for(buffers).unwrap_or(connection.remote);
         let decision = {
             let view = self.view(buffers, passing);
             filter.check(&connection, &view, self.worker.shard)
@@ -191,12 +185,9 @@ impl Session {
         let asks = fields.get(head, b"access-control-request-method");
         let preflight =
             self.view(buffers, passing).method() == b"OPTIONS" && asks.is_some_and(|m| !m.is_empty());
-        let headers = if allowed {
-            cors.response_headers(origin, preflight)
-        } else {
-            Vec::new()
-        };
-        if !preflight || (!allowed && cors.forward_unmatched) {
+        let answered = preflight && (allowed || !cors.forward_unmatched);
+        let headers = cors.response_headers(allowed.then_some(origin), answered);
+        if !answered {
             filtered.response = headers;
             return Ok(());
         }

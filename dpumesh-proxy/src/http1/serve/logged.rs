@@ -81,6 +81,7 @@ impl Session {
                 exhausted: outcome.exhausted,
                 server_name: self.peer.connection.server_name.as_deref(),
                 upstream_local: outcome.upstream_local,
+                transport_failure: outcome.transport_failure.as_deref(),
                 ..Extra::default()
             },
         }

@@ -98,8 +98,10 @@ struct Outcome {
     received: u64,
     sent: u64,
     upstream: Option<SocketAddr>,
-    /// Our end of the connection to the endpoint.
+    /// Our end of the connection to the endpoint, where a log asks for it.
     upstream_local: Option<SocketAddr>,
+    /// Why there was no connection to the endpoint.
+    transport_failure: Option<String>,
     cluster: Option<Arc<str>>,
     has_response: bool,
 }
@@ -117,6 +119,7 @@ impl Outcome {
             sent: 0,
             upstream: None,
             upstream_local: None,
+            transport_failure: None,
             cluster: None,
             has_response: false,
         }

@@ -27,6 +27,17 @@ struct Way<'a> {
     forward: &'a Forward,
 }
 
+/// The cluster that a route names outright, for the log of a request that does not get there.
+fn named_cluster(route: &Route) -> Option<Arc<str>> {
+    match &route.action {
+        Action::Forward(forward) => match &forward.to {
+            Target::Cluster(cluster) => Some(Arc::clone(&cluster.name)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 /// Brings the path into its one form, where the connection manager is told to.
 fn normalize(buffers: &mut Buffers, manager: &HttpManager) -> Option<Reply<'static>> {
     match path::normalized(rewrite::path(buffers), manager.policy.path) {
@@ -167,7 +178,10 @@ impl Session {
             };
             match self.filter(buffers, &passing).await {
                 Ok(passed) => filtered = passed,
-                Err(outcome) => return outcome,
+                Err(mut outcome) => {
+                    outcome.cluster = found.and_then(|(_, route)| named_cluster(route));
+                    return outcome;
+                }
             }
         }
         let (Some((host, route)), Some(levels)) = (found, levels) else {

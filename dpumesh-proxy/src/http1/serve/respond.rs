@@ -56,6 +56,14 @@ impl Session {
             self.worker.date.borrow_mut().at(SystemTime::now()),
         );
         let mut response = Flow::new(delivery.framing, delivery.out);
+        let asked = call
+            .manager
+            .access_log
+            .iter()
+            .any(|l| l.asks_for_upstream_local());
+        let local = asked
+            .then(|| connection.stream.socket().local_addr())
+            .and_then(Result::ok);
         let relayed = self.relay(
             buffers,
             call,
@@ -73,6 +81,7 @@ impl Session {
         call.lane.count(status);
         let mut outcome = Outcome::new(status, "");
         outcome.has_response = true;
+        outcome.upstream_local = local;
         outcome.details = Cow::Borrowed("via_upstream");
         outcome.received = request.body;
         outcome.sent = response.body;

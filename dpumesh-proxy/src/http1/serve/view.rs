@@ -58,7 +58,7 @@ impl RequestView for View<'_> {
         let mut forwarded = None;
         self.each_header(b"x-forwarded-proto", &mut |value| {
             let known = value.eq_ignore_ascii_case(b"http") || value.eq_ignore_ascii_case(b"https");
-            forwarded = forwarded.or(known.then_some(value));
+            forwarded = forwarded.or_else(|| known.then_some(value));
         });
         forwarded.unwrap_or(if self.tls { b"https" } else { b"http" })
     }
