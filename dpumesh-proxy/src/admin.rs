@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use base64::Engine as _;
 use regex::Regex;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +21,7 @@ use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
 use crate::program::{Refused, Shared, State};
 use crate::stats::{self, Kind, Shard};
+use crate::tls::secrets::Listed;
 
 const LARGEST_HEAD: usize = 16 * 1024;
 
@@ -180,7 +182,7 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         }
         "/stats" => self::stats(shared, &query),
         "/stats/prometheus" => Answer::text(200, prometheus(shared, &query)),
-        "/config_dump" => config_dump(&config, &shared.refused(), &query),
+        "/config_dump" => config_dump(&config, &shared.refused(), &shared.secrets.list(), &query),
         "/clusters" => clusters(&config, &query),
         "/ingress" => ingress(shared, &query),
         "/listeners" => listeners(shared, &query),
@@ -466,7 +468,38 @@ fn server_info(shared: &Shared, config: &Config) -> Value {
     })
 }
 
-fn config_dump(config: &Config, refused: &[Refused], query: &Query<'_>) -> Answer {
+/// Secrets in Envoy's shape: certificates as PEM, keys never.
+fn secrets_dump(secrets: &[Listed], named: &dyn Fn(&str) -> bool) -> Value {
+    let octets = |text: &str| json!({"inline_bytes": base64::engine::general_purpose::STANDARD.encode(text)});
+    let (mut active, mut waiting) = (Vec::new(), Vec::new());
+    for secret in secrets.iter().filter(|s| named(&s.name)) {
+        let pem: String = secret.certificates.iter().map(|der| pem(der)).collect();
+        let mut content = json!({"@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "name": secret.name});
+        if secret.is_roots {
+            content["validation_context"] = json!({"trusted_ca": octets(&pem)});
+        } else {
+            content["tls_certificate"] =
+                json!({"certificate_chain": octets(&pem), "private_key": octets("[redacted]")});
+        }
+        let list = if pem.is_empty() { &mut waiting } else { &mut active };
+        list.push(json!({"name": secret.name, "secret": content}));
+    }
+    json!({"@type": "type.googleapis.com/envoy.admin.v3.SecretsConfigDump",
+        "dynamic_active_secrets": active, "dynamic_warming_secrets": waiting})
+}
+
+fn pem(der: &[u8]) -> String {
+    let body = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    for line in body.as_bytes().chunks(64) {
+        text.extend(line.iter().map(|octet| char::from(*octet)));
+        text.push('\n');
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}
+
+fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: &Query<'_>) -> Answer {
     let filter = match query.regex("name_regex") {
         Ok(filter) => filter,
         Err(answer) => return answer,
@@ -535,6 +568,9 @@ fn config_dump(config: &Config, refused: &[Refused], query: &Query<'_>) -> Answe
         configs.push(json!({"@type": kind("EndpointsConfigDump"),
             "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, &dump.endpoints)}));
     }
+    configs.push(secrets_dump(secrets, &|name| {
+        filter.as_ref().is_none_or(|f| f.is_match(name))
+    }));
     // Envoy has these inside the resources; a file that cannot be read has none.
     configs.extend(refused.iter().map(|refused| {
         let mut at = Vec::new();

@@ -1,8 +1,8 @@
 //! The shared service proxy of a DPU's SoC.
 //!
 //! ```text
-//! listener ─► filter chain ─┬─ http1::serve ─► route ─┐
-//!                           └─ tcp::relay ────────────┴─► upstream: cluster ─► endpoint ─► connection
+//! listener ─► filter chain ─► tls ─┬─ http1::serve ─► route ─┐
+//!                                  └─ tcp::relay ────────────┴─► upstream: cluster ─► endpoint ─► tls ─► connection
 //! ```
 //! Reads an Envoy v3 bootstrap ([`config`]), serves Envoy's admin paths ([`admin`]) and Envoy's statistics
 //! ([`stats`]). One [`worker`] per core owns everything a request touches; [`program`] starts workers and the control

@@ -54,8 +54,8 @@ impl AdsResources {
         let mut new = self.clone();
         let keeps = matches!(change.service, Service::Rds | Service::Eds);
         let items = new.of(change.service);
-        for item in &change.items {
-            items.insert(item.0.clone(), Arc::clone(&item.1));
+        for (name, item) in &change.items {
+            items.insert(name.clone(), Arc::clone(item));
         }
         for name in change.removed.iter().filter(|_| !keeps) {
             items.remove(name);
@@ -355,6 +355,18 @@ fn security(cluster: &At) -> Result<Security> {
         String::from_utf8(data_source(&source)?).map_err(|_| source.refuse("", "must be PEM"))
     };
     let validation = common.as_ref().and_then(|c| c.message("validation_context"));
+    for rule in validation
+        .iter()
+        .flat_map(|v| v.messages("match_typed_subject_alt_names"))
+    {
+        let exact = rule.message("matcher").map(|m| m.text("exact"));
+        if rule.choice("san_type") != "DNS" || exact.as_ref() != Some(&name) {
+            return Err(rule.refuse(
+                "matcher",
+                "must be the DNS name of sni for the aggregated stream: that is what is verified",
+            ));
+        }
+    }
     let roots = pem(validation.as_ref(), "trusted_ca")?;
     let own = common
         .as_ref()

@@ -674,7 +674,27 @@ fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: 
 
 pub(super) fn json(at: &At) -> serde_json::Value {
     let options = prost_reflect::SerializeOptions::new().use_proto_field_name(true);
-    at.message
-        .serialize_with_options(serde_json::value::Serializer, &options)
-        .unwrap_or_default()
+    let value = at
+        .message
+        .serialize_with_options(serde_json::value::Serializer, &options);
+    let mut value = value.unwrap_or_default();
+    redact(&mut value);
+    value
+}
+
+/// Takes private keys out of what is shown; the names of their files stay.
+fn redact(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                if name == "private_key" && value.get("filename").is_none() {
+                    *value = serde_json::json!({"inline_string": "[redacted]"});
+                } else {
+                    redact(value);
+                }
+            }
+        }
+        serde_json::Value::Array(items) => items.iter_mut().for_each(redact),
+        _ => {}
+    }
 }

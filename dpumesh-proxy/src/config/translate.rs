@@ -728,10 +728,16 @@ fn limits(at: &At) -> Result<Limits> {
     Ok(limits)
 }
 
+/// Fields of a `google.protobuf.Struct`.
+type Fields = Vec<(String, Value)>;
+
+/// TLS to an endpoint; `None` for plain TCP.
+type Way = Option<Arc<ClientContext>>;
+
 /// `transport_socket_matches` and `transport_socket`.
 struct Sockets {
-    matches: Vec<(Vec<(String, Value)>, Option<Arc<ClientContext>>)>,
-    otherwise: Option<Arc<ClientContext>>,
+    matches: Vec<(Fields, Way)>,
+    otherwise: Way,
 }
 
 impl Sockets {

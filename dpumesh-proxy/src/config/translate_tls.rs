@@ -227,7 +227,7 @@ impl Context<'_> {
     }
 
     /// Roots and rules on names.
-    fn validation(&self, common: &At) -> Result<(Option<Secret<Roots>>, Arc<[Rule]>)> {
+    fn validation(&self, common: &At) -> Result<Validation> {
         let mut named = common.message("validation_context_sds_secret_config");
         let mut context = common.message("validation_context");
         if let Some(combined) = common.message("combined_validation_context") {
@@ -277,6 +277,9 @@ impl Context<'_> {
         Ok((found, rules.into()))
     }
 }
+
+/// Roots, and rules on names.
+type Validation = (Option<Secret<Roots>>, Arc<[Rule]>);
 
 /// A handshake that takes longer is given up, where the configuration sets no bound.
 const LONGEST_HANDSHAKE: Duration = Duration::from_secs(15);

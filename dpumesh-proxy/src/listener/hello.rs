@@ -88,7 +88,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A vector with its length before it.
-    fn vector(&mut self, octets: usize) -> Option<Reader<'a>> {
+    fn vector(&mut self, octets: usize) -> Option<Self> {
         let length = self.number(octets)?;
         self.take(length).map(Reader)
     }

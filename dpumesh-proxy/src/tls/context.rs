@@ -380,8 +380,11 @@ pub struct ClientContext {
     pub parameters: Parameters,
     /// `cluster.NAME.ssl.*`
     pub stats: Arc<Scope>,
-    made: Mutex<HashMap<(Arc<str>, Option<Protocols>), Arc<Client>>>,
+    made: Mutex<HashMap<Offer, Client>>,
 }
+
+/// Whose certificate is shown, and which protocols are offered instead of the context's own.
+type Offer = (Arc<str>, Option<Protocols>);
 
 /// A client's rustls configuration and the secrets it was made of.
 #[derive(Debug)]
@@ -393,7 +396,6 @@ struct Client {
 
 impl ClientContext {
     /// A context.
-    #[expect(clippy::too_many_arguments, reason = "the message's fields, each once")]
     pub fn new(
         fingerprint: u64,
         shown: Shown,
@@ -481,7 +483,7 @@ impl ClientContext {
             roots,
             config: Arc::clone(&config),
         };
-        made.insert(key, Arc::new(client));
+        made.insert(key, client);
         Ok(config)
     }
 

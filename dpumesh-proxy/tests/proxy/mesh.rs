@@ -383,8 +383,31 @@ fn a_missing_key_closes_and_heals_when_it_comes() {
     assert_eq!(pair.outbound.client().get("/").status(), 503);
     assert_eq!(pair.outbound.stat("cluster.mesh.ssl.context_not_ready"), 1);
     assert_eq!(endpoint.requests(), 0);
+    let shown = pair.outbound.admin("GET", "/config_dump").text();
+    assert!(!shown.contains("PRIVATE KEY") && shown.contains("SecretsConfigDump"));
     pair.keys.put(FRONT, authority.certified(FRONT));
     assert_eq!(pair.outbound.client().get("/").status(), 200);
+    let dump: serde_json::Value = serde_json::from_str(
+        &pair
+            .outbound
+            .admin("GET", "/config_dump?resource=dynamic_active_secrets")
+            .text(),
+    )
+    .unwrap();
+    let names: Vec<&str> = dump["configs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["name"].as_str().unwrap())
+        .collect();
+    assert!(
+        names.contains(&FRONT) && names.contains(&"ROOTCA@td"),
+        "{names:?}"
+    );
+    assert_eq!(
+        dump["configs"][0]["secret"]["tls_certificate"]["private_key"]["inline_bytes"],
+        "W3JlZGFjdGVkXQ=="
+    );
     // A renewed certificate serves the next connection.
     pair.keys.put(FRONT, authority.certified(FRONT));
     assert_eq!(pair.outbound.client().get("/").status(), 200);

@@ -124,7 +124,6 @@ fn update(snapshot: &Snapshot, kind: ResourceType) -> Update {
         name: name.clone(),
         version: published.version.clone(),
         resource: Some(published.resource.clone()),
-        ..Resource::default()
     });
     Update {
         kind,
