@@ -159,6 +159,55 @@ impl AccessLog {
     }
 }
 
+/// A header's value with operators that say something of the request: `%REQ()%`, `%PROTOCOL%`, addresses, server name.
+/// What is not there is empty, not `-` as in a log.
+#[derive(Debug)]
+pub struct Template(Vec<Part>);
+
+impl Template {
+    /// Compiles `text`.
+    ///
+    /// # Errors
+    /// The operator that is unknown or malformed, or that asks for what comes behind the request.
+    pub fn new(text: &str) -> Result<Self, String> {
+        let parts = compile(text)?;
+        let early = |part: &Part| {
+            matches!(
+                part,
+                Part::Text(_)
+                    | Part::Request(_)
+                    | Part::Protocol
+                    | Part::ServerName
+                    | Part::Remote { .. }
+                    | Part::DirectRemote { .. }
+                    | Part::Local { .. }
+            )
+        };
+        match parts.iter().find(|part| !early(part)) {
+            Some(_) => Err(format!("{text:?} asks for more than the request says")),
+            None => Ok(Self(parts)),
+        }
+    }
+
+    /// The value for a request.
+    pub fn render(&self, record: &Record<'_>) -> Vec<u8> {
+        let mut out = Vec::new();
+        for part in &self.0 {
+            match part {
+                Part::Request(header) => {
+                    let value = header.value(record.request).unwrap_or_default();
+                    out.extend_from_slice(value);
+                }
+                Part::ServerName => {
+                    out.extend_from_slice(record.extra.server_name.unwrap_or_default().as_bytes());
+                }
+                part => part.render(record, &mut out),
+            }
+        }
+        out
+    }
+}
+
 fn compile(format: &str) -> Result<Vec<Part>, String> {
     let mut parts = Vec::new();
     let mut text = Vec::new();
@@ -293,15 +342,15 @@ impl Part {
 }
 
 impl HeaderPart {
+    fn value<'a>(&self, headers: Option<&'a dyn Headers>) -> Option<&'a [u8]> {
+        let headers = headers?;
+        let or = || self.or.as_ref().and_then(|other| headers.header(other));
+        let value = headers.header(&self.name).or_else(or)?;
+        Some(&value[..value.len().min(self.max)])
+    }
+
     fn render(&self, headers: Option<&dyn Headers>, out: &mut Vec<u8>) {
-        let value = headers.and_then(|h| {
-            h.header(&self.name)
-                .or_else(|| self.or.as_ref().and_then(|o| h.header(o)))
-        });
-        match value {
-            Some(value) => out.extend_from_slice(&value[..value.len().min(self.max)]),
-            None => out.push(b'-'),
-        }
+        out.extend_from_slice(self.value(headers).unwrap_or(b"-"));
     }
 }
 

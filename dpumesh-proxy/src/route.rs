@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use regex::bytes::Regex;
 
+use crate::access_log::{Record, Template};
 use crate::config::model::{ClusterRef, Weighted};
 
 pub mod cors;
@@ -233,8 +234,8 @@ pub enum RedirectPath {
     Prefix(Vec<u8>),
 }
 
-/// Headers to remove and add, for requests and for responses. Values are literal.
-#[derive(Debug, Default)]
+/// Headers to remove and add, for requests and for responses.
+#[derive(Debug, Clone, Default)]
 pub struct HeaderChanges {
     /// Request headers to remove, lower case.
     pub request_remove: Vec<Vec<u8>>,
@@ -251,8 +252,10 @@ pub struct HeaderChanges {
 pub struct AddHeader {
     /// Lower case.
     pub name: Vec<u8>,
-    /// Literal.
+    /// Literal, where there is no template.
     pub value: Vec<u8>,
+    /// Makes the value for a request; one that comes out empty adds nothing.
+    pub template: Option<Arc<Template>>,
     /// When the header is there already.
     pub how: AddHow,
 }
@@ -277,6 +280,27 @@ impl HeaderChanges {
             && self.request_add.is_empty()
             && self.response_remove.is_empty()
             && self.response_add.is_empty()
+    }
+
+    /// Whether a value depends on the request.
+    pub fn has_templates(&self) -> bool {
+        let mut all = self.request_add.iter().chain(&self.response_add);
+        all.any(|header| header.template.is_some())
+    }
+
+    /// The same with all values made for a request.
+    pub fn rendered(&self, record: &Record<'_>) -> Self {
+        let mut fresh = self.clone();
+        for list in [&mut fresh.request_add, &mut fresh.response_add] {
+            list.retain_mut(|header| match header.template.take() {
+                Some(template) => {
+                    header.value = template.render(record);
+                    !header.value.is_empty()
+                }
+                None => true,
+            });
+        }
+        fresh
     }
 }
 

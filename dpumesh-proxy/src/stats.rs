@@ -111,7 +111,6 @@ members! {
     Fault {
         DelaysInjected = "delays_injected" Counter,
         AbortsInjected = "aborts_injected" Counter,
-        ActiveFaults = "active_faults" Gauge,
     }
 }
 

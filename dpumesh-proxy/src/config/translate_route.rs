@@ -1,6 +1,7 @@
 //! Route configurations into [`crate::route`]'s tables.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use regex::bytes::Regex;
 
@@ -9,6 +10,7 @@ use super::model::{Weighted, cluster_ref};
 use super::re2;
 use super::route_policy::{self, PerFilter, per_filter};
 use super::schema::At;
+use crate::access_log::Template;
 use crate::route::{
     Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, PathRewrite, QueryMatch,
     Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch, VirtualHost,
@@ -414,9 +416,12 @@ fn add_header(at: &At) -> Result<AddHeader> {
         return Err(header.refuse("key", refused_name(&name)));
     }
     let raw = header.text("value");
-    if raw.replace("%%", "").contains('%') {
-        return Err(header.refuse("value", "substitution (%…%) is not supported yet"));
-    }
+    let template = if raw.replace("%%", "").contains('%') {
+        let template = Template::new(&raw).map_err(|e| header.refuse("value", e))?;
+        Some(Arc::new(template))
+    } else {
+        None
+    };
     let value = raw.replace("%%", "%").into_bytes();
     if !is_value(&value) {
         return Err(header.refuse("value", "is not a valid header value"));
@@ -427,7 +432,12 @@ fn add_header(at: &At) -> Result<AddHeader> {
         (None, "OVERWRITE_IF_EXISTS") => AddHow::OverwriteIfExists,
         _ => AddHow::Append,
     };
-    Ok(AddHeader { name, value, how })
+    Ok(AddHeader {
+        name,
+        value,
+        template,
+        how,
+    })
 }
 
 /// Names that belong to the framing or to the request line are not the configuration's to change.

@@ -494,6 +494,7 @@ mod tests {
         AddHeader {
             name: name.into(),
             value: value.into(),
+            template: None,
             how,
         }
     }

@@ -59,6 +59,7 @@ fn header(name: &str, value: &[u8]) -> AddHeader {
     AddHeader {
         name: name.as_bytes().to_vec(),
         value: value.to_vec(),
+        template: None,
         how: AddHow::Overwrite,
     }
 }

@@ -97,29 +97,29 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         (format!("{manager}/http2_protocol_options"), json!({})),
         (format!("{manager}/codec_type"), json!("HTTP2")),
         (format!("{manager}/use_remote_address"), json!(true)),
-        (format!("{manager}/normalize_path"), json!(true)),
         (format!("{manager}/local_reply_config"), json!({"mappers": []})),
         (
-            format!("{manager}/forward_client_cert_details"),
-            json!("FORWARD_ONLY"),
+            format!("{manager}/proxy_status_config"),
+            json!({"remove_details": true}),
         ),
-        (format!("{host}/retry_policy"), json!({"retry_on": "5xx"})),
+        (format!("{manager}/via"), json!("a")),
+        (format!("{host}/hedge_policy"), json!({"initial_requests": 1})),
         (format!("{host}/cors"), json!({})),
         (format!("{host}/rate_limits"), json!([{"actions": []}])),
         (
             format!("{route}/typed_per_filter_config"),
             json!({"x": any("envoy.extensions.filters.http.router.v3.Router")}),
         ),
-        (format!("{route}/route/retry_policy"), json!({"retry_on": "5xx"})),
+        (
+            format!("{route}/route/internal_redirect_policy"),
+            json!({"allow_cross_scheme_redirect": true}),
+        ),
+        (format!("{route}/route/auto_host_rewrite"), json!(true)),
         (
             format!("{route}/route/request_mirror_policies"),
             json!([{"cluster": "app"}]),
         ),
         (format!("{route}/route/hash_policy"), json!([{"terminal": true}])),
-        (
-            format!("{route}/route/max_stream_duration"),
-            json!({"grpc_timeout_header_max": "1s"}),
-        ),
         (
             format!("{route}/match/runtime_fraction"),
             json!({"default_value": {"numerator": 1}}),
@@ -295,7 +295,7 @@ fn values_that_make_no_sense_are_refused_with_their_path() {
         (format!("{route}/match"), json!({"safe_regex": {"regex": "("}})),
         (
             format!("{route}/request_headers_to_add"),
-            json!([{"header": {"key": "x", "value": "%REQ(a)%"}}]),
+            json!([{"header": {"key": "x", "value": "%RESP(a)%"}}]),
         ),
         (
             format!("{route}/request_headers_to_add"),

@@ -492,7 +492,7 @@ fn admin_answers_on_envoys_paths() {
         (Some("LIVE"), Some("test"))
     );
     let dump: serde_json::Value = serde_json::from_str(&running.admin("GET", "/config_dump").text()).unwrap();
-    assert_eq!(dump["configs"].as_array().unwrap().len(), 4);
+    assert_eq!(dump["configs"].as_array().unwrap().len(), 5);
     assert_eq!(dump["configs"][1]["static_clusters"][0]["cluster"]["name"], "app");
     assert_eq!(running.admin("GET", "/help").status(), 200);
     assert_eq!(running.admin("GET", "/quitquitquit").status(), 405);

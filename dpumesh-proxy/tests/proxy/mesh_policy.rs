@@ -94,7 +94,7 @@ fn connections_are_let_in_by_the_clients_identity() {
     );
     let endpoint = Endpoint::start("app");
     let (inbound, outbound) = pair(&endpoint, &rbac, &tcp("mesh"));
-    assert_eq!(outbound.client().get("/").status(), 200);
+    assert_eq!(outbound.client().get("/until-close").status(), 200);
     let mut other = Client::connect(outbound.proxy.listener_address("web2").unwrap());
     other.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(other.is_closed());

@@ -35,7 +35,7 @@ pub(super) struct Passing<'a, 'r> {
     pub(super) manager: &'a HttpManager,
     pub(super) rewrite: &'r Rewrite<'a>,
     pub(super) route: Option<&'a Route>,
-    pub(super) levels: &'r [&'a HeaderChanges],
+    pub(super) levels: &'r [&'r HeaderChanges],
 }
 
 impl Session {

@@ -9,6 +9,7 @@ use super::{Outcome, Session};
 use crate::access_log::{Extra, Headers, Record};
 use crate::http1::head::FieldKind;
 use crate::http1::rewrite::{self, Rewrite};
+use crate::route::HeaderChanges;
 use crate::stats::Http as Stat;
 use crate::worker::Buffers;
 
@@ -42,15 +43,30 @@ impl Session {
         let mut record = self.record(outcome, wall, begun.elapsed());
         record.request = Some(&request);
         record.response = outcome.has_response.then_some(&response as &dyn Headers);
-        record.protocol = Some(if buffers.request.fields.http11 {
-            "HTTP/1.1"
-        } else {
-            "HTTP/1.0"
-        });
+        record.protocol = Some(protocol(buffers));
         record.cluster = outcome.cluster.as_deref();
         record.route = rewrite.route_name;
         record.extra.request_remote = forwarded_for(buffers);
         self.log(&record);
+    }
+
+    /// Header changes with their values made for this request, if any of them depends on it.
+    pub(super) fn rendered(
+        &self,
+        buffers: &Buffers,
+        rewrite: &Rewrite<'_>,
+        changes: &HeaderChanges,
+    ) -> Option<Box<HeaderChanges>> {
+        if !changes.has_templates() {
+            return None;
+        }
+        let request = LoggedRequest { buffers, rewrite };
+        let outcome = Outcome::new(0, "");
+        let mut record = self.record(&outcome, SystemTime::UNIX_EPOCH, Duration::ZERO);
+        record.request = Some(&request);
+        record.protocol = Some(protocol(buffers));
+        record.extra.request_remote = forwarded_for(buffers);
+        Some(Box::new(changes.rendered(&record)))
     }
 
     pub(super) fn record<'r>(
@@ -93,6 +109,14 @@ impl Session {
             .access_log
             .iter()
             .for_each(|log| log.log(record, &mut lines));
+    }
+}
+
+fn protocol(buffers: &Buffers) -> &'static str {
+    if buffers.request.fields.http11 {
+        "HTTP/1.1"
+    } else {
+        "HTTP/1.0"
     }
 }
 

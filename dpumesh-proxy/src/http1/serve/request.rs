@@ -16,13 +16,13 @@ use crate::config::model::{ClusterRef, HttpManager, Terminal, Underscores};
 use crate::http1::head::Refusal;
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
-use crate::route::{Action, Forward, HeaderChanges, Route, Target, VirtualHost};
+use crate::route::{Action, Forward, HeaderChanges, Route, Target};
 use crate::stats::Http as Stat;
 use crate::worker::{Buffers, Place, Program};
 
 /// The route that takes a request.
-struct Way<'a> {
-    host: &'a VirtualHost,
+struct Way<'a, 'r> {
+    levels: [&'r HeaderChanges; 3],
     route: &'a Route,
     forward: &'a Forward,
 }
@@ -166,7 +166,15 @@ impl Session {
             let view = View::new(buffers, rewrite.default_host, manager, connection);
             manager.routes.find(&view)
         };
-        let levels = found.map(|(host, route)| [&route.headers, &host.headers, &manager.routes.headers]);
+        let configured = found.map(|(host, route)| [&route.headers, &host.headers, &manager.routes.headers]);
+        let rendered = configured.map(|levels| levels.map(|level| self.rendered(buffers, rewrite, level)));
+        let levels = configured.map(|levels| {
+            let mut levels: [&HeaderChanges; 3] = levels;
+            for (level, own) in levels.iter_mut().zip(rendered.iter().flatten()) {
+                *level = own.as_deref().unwrap_or(level);
+            }
+            levels
+        });
         rewrite.route_name = found.map(|(_, route)| route.name.as_str());
         let mut filtered = Filtered::default();
         if !manager.policy.filters.is_empty() {
@@ -213,7 +221,11 @@ impl Session {
                 manager.stats.inc(shard, Stat::RouterRqTotal);
                 rewrite.tell_attempt = (host.attempt_count_in_request, host.attempt_count_in_response);
                 let begun = if filtered.delayed { Instant::now() } else { begun };
-                let way = Way { host, route, forward };
+                let way = Way {
+                    levels,
+                    route,
+                    forward,
+                };
                 self.dispatch(buffers, manager, program, rewrite, (way, &filtered), begun)
                     .await
             }
@@ -229,21 +241,20 @@ impl Session {
         manager: &'a HttpManager,
         program: &'a Program,
         rewrite: &mut Rewrite<'a>,
-        (way, filtered): (Way<'a>, &Filtered),
+        (way, filtered): (Way<'a, '_>, &Filtered),
         begun: Instant,
     ) -> Outcome {
-        let Way { host, route, forward } = way;
-        let mut levels: [Option<&HeaderChanges>; 4] = [
-            None,
-            Some(&route.headers),
-            Some(&host.headers),
-            Some(&manager.routes.headers),
-        ];
+        let Way {
+            levels: [of_route, of_host, of_table],
+            route,
+            forward,
+        } = way;
+        let mut of_cluster: Option<&HeaderChanges> = None;
         let cluster = match &forward.to {
             Target::Cluster(cluster) => Some(cluster),
             Target::Weighted(split) => {
                 let (cluster, changes) = split.pick(fastrand::u64(..));
-                levels[0] = Some(changes);
+                of_cluster = Some(changes);
                 Some(cluster)
             }
             Target::Header(name, all) => buffers
@@ -255,7 +266,10 @@ impl Session {
         let lane = cluster.and_then(|c: &ClusterRef| program.lanes.get(c.index?));
         let mut outcome = match lane {
             Some(lane) => {
+                let rendered = of_cluster.and_then(|level| self.rendered(buffers, rewrite, level));
                 rewrite.plan(forward, route, buffers);
+                let of_cluster = rendered.as_deref().or(of_cluster);
+                let levels = [of_cluster, Some(of_route), Some(of_host), Some(of_table)];
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
                 let deadline = rewrite.timeout(forward).map(|t| begun + t);
