@@ -155,3 +155,6 @@ fn roots(from: &keys::Roots) -> Result<Roots, Unusable> {
 fn der(certificates: &[Vec<u8>]) -> Vec<CertificateDer<'static>> {
     certificates.iter().cloned().map(CertificateDer::from).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,7 +29,7 @@ impl Stream {
         }
     }
 
-    /// Whether something can be read, or the end. May be ready too early with TLS: then a read is pending.
+    /// Whether something can be read, or the end. Of TLS it may be half a record: then a read is pending.
     ///
     /// # Errors
     /// The socket's.
@@ -37,7 +37,15 @@ impl Stream {
     pub fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(socket) => socket.poll_read_ready(cx),
-            Self::Tls(_) => Poll::Ready(Ok(())),
+            Self::Tls(tls) => {
+                let (socket, session) = tls.get_ref();
+                // What has come off the socket is deciphered at once: it waits as plain text, or it is not there.
+                if session.wants_read() {
+                    socket.poll_read_ready(cx)
+                } else {
+                    Poll::Ready(Ok(()))
+                }
+            }
         }
     }
 

@@ -243,6 +243,22 @@ fn requests_travel_under_mutual_tls_and_connections_are_kept() {
 }
 
 #[test]
+fn an_idle_connection_of_the_mesh_is_closed_when_the_proxy_drains() {
+    let endpoint = Endpoint::start("app");
+    let pair = Pair::start(&Authority::new(), endpoint.address, http, REVIEWS);
+    assert_eq!(pair.outbound.client().get("/").status(), 200);
+    let begun = std::time::Instant::now();
+    pair.inbound.proxy.drain();
+    pair.inbound.proxy.wait();
+    // A quarter of the drain time for what is idle, all of it for what is not.
+    assert!(
+        begun.elapsed() < Duration::from_millis(3500),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[test]
 fn a_server_with_another_name_gets_no_request() {
     let endpoint = Endpoint::start("app");
     let pair = Pair::start(
