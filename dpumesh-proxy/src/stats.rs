@@ -457,6 +457,18 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
         }
         (format!("{base}_{member}"), extra)
     };
+    if let Some(name) = scope
+        .strip_prefix("cluster.")
+        .and_then(|name| name.strip_suffix(".ssl"))
+    {
+        return class("envoy_cluster_ssl", label("envoy_cluster_name", name));
+    }
+    if let Some(address) = scope
+        .strip_prefix("listener.")
+        .and_then(|address| address.strip_suffix(".ssl"))
+    {
+        return class("envoy_listener_ssl", label("envoy_listener_address", address));
+    }
     if let Some(name) = scope.strip_prefix("cluster.") {
         return class("envoy_cluster", label("envoy_cluster_name", name));
     }
@@ -520,6 +532,14 @@ mod tests {
             (
                 "envoy_http_downstream_rq_xx".to_owned(),
                 "envoy_response_code_class=\"2\",envoy_http_conn_manager_prefix=\"in\"".to_owned()
+            )
+        );
+        assert_eq!(name("cluster.a|b", "x").1, name("cluster.a|b.ssl", "handshake").1,);
+        assert_eq!(
+            name("listener.in.ssl", "handshake"),
+            (
+                "envoy_listener_ssl_handshake".to_owned(),
+                "envoy_listener_address=\"in\"".to_owned()
             )
         );
         assert_eq!(
