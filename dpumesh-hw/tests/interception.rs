@@ -132,6 +132,7 @@ fn the_table_is_replaced_and_removed() {
             .replace(&Interception {
                 interface: "stk0".into(),
                 port,
+                inbound: None,
             })
             .expect("replaced");
         assert!(tables.counters().expect("asked").is_some());
@@ -140,6 +141,7 @@ fn the_table_is_replaced_and_removed() {
         .replace(&Interception {
             interface: "stk0".into(),
             port: 0,
+            inbound: None,
         })
         .expect_err("port 0");
     assert!(refused.to_string().contains("stk0"), "{refused}");

@@ -9,7 +9,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Netlink, NetlinkError, PROTOCOL, attributes};
 
-/// Packets that came in by an interface are looked up in a table.
+/// Packets that came in by an interface, or bear a mark, are looked up in a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// For IPv6 packets; IPv4 otherwise.
@@ -18,6 +18,8 @@ pub struct Rule {
     pub priority: u32,
     /// Name of the interface the packet came in by; `None`: any.
     pub incoming: Option<String>,
+    /// The packet's whole mark; `None`: any.
+    pub mark: Option<u32>,
     /// The table.
     pub table: u32,
     /// Who made it (`RTPROT_*`); [`super::PROTOCOL`] for ours.
@@ -31,6 +33,19 @@ impl Rule {
             ipv6,
             priority,
             incoming: Some(incoming.to_owned()),
+            mark: None,
+            table,
+            protocol: PROTOCOL,
+        }
+    }
+
+    /// Looks packets that bear exactly `mark` up in `table`.
+    pub fn marked(ipv6: bool, mark: u32, table: u32, priority: u32) -> Self {
+        Self {
+            ipv6,
+            priority,
+            incoming: None,
+            mark: Some(mark),
             table,
             protocol: PROTOCOL,
         }
@@ -52,6 +67,10 @@ impl Rule {
         message
             .attributes
             .extend(self.incoming.clone().map(RuleAttribute::Iifname));
+        if let Some(mark) = self.mark {
+            let whole = [RuleAttribute::FwMark(mark), RuleAttribute::FwMask(u32::MAX)];
+            message.attributes.extend(whole);
+        }
         message
     }
 }
@@ -59,12 +78,15 @@ impl Rule {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let family = if self.ipv6 { "IPv6" } else { "IPv4" };
-        let incoming = self.incoming.as_deref().unwrap_or("any");
-        write!(
-            f,
-            "{family} rule {} from interface {incoming} to table {}",
-            self.priority, self.table
-        )
+        write!(f, "{family} rule {}", self.priority)?;
+        match &self.incoming {
+            Some(incoming) => write!(f, " from interface {incoming}")?,
+            None => f.write_str(" from any interface")?,
+        }
+        if let Some(mark) = self.mark {
+            write!(f, " with mark {mark:#x}")?;
+        }
+        write!(f, " to table {}", self.table)
     }
 }
 
@@ -116,6 +138,7 @@ pub(super) fn parse(payload: &[u8]) -> Option<Rule> {
         ipv6,
         priority: 0,
         incoming: None,
+        mark: None,
         table: header.table.into(),
         protocol: 0,
     };
@@ -124,6 +147,7 @@ pub(super) fn parse(payload: &[u8]) -> Option<Rule> {
             Ok(RuleAttribute::Priority(priority)) => rule.priority = priority,
             Ok(RuleAttribute::Table(table)) => rule.table = table,
             Ok(RuleAttribute::Iifname(name)) => rule.incoming = Some(name),
+            Ok(RuleAttribute::FwMark(mark)) => rule.mark = Some(mark),
             Ok(RuleAttribute::Protocol(protocol)) => rule.protocol = protocol.into(),
             _ => {}
         }

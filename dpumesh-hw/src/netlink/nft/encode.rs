@@ -113,6 +113,12 @@ impl Expressions {
         Self::default().load_meta(IIFNAME).equals(&padded)
     }
 
+    /// Packets that bear exactly this mark.
+    pub(super) fn marked(self, mark: u32) -> Self {
+        const MARK: u32 = 3;
+        self.load_meta(MARK).equals(&mark.to_ne_bytes())
+    }
+
     pub(super) fn transport_protocol(self, number: u8) -> Self {
         const L4PROTO: u32 = 16;
         self.load_meta(L4PROTO).equals(&[number])

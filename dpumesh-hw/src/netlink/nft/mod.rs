@@ -4,7 +4,8 @@
 //! −150, which looks only at packets from the stack interface, in this order:
 //!
 //! 1. the source MAC is an ingress port's → its number becomes the packet's mark (see [`crate::stream::IngressPort`]);
-//! 2. TCP, and somebody listens transparently on the proxy's port or owns the connection → to that socket;
+//! 2. TCP, and somebody listens transparently on the proxy's port or owns the connection → to that socket; where the proxy
+//!    has a port of its own for what comes to pods ([`Inbound`]), what came in by the network goes to that one;
 //! 3. other TCP → refused with a RST, so that a client without a proxy fails at once and never hangs;
 //! 4. ICMP "fragmentation needed" and ICMPv6 "packet too big" → accepted: path MTU discovery (RFC 1191, RFC 8201)
 //!    of the proxy's own connections needs them, and TCP checks them against its sequence numbers (RFC 5927);
@@ -13,6 +14,9 @@
 //! The tproxy expression takes only sockets marked transparent; TCP that finds none never reaches local delivery.
 //! So no other listener of the namespace, not even one on a wildcard address, can be reached through the stack
 //! interface. Each outcome is counted ([`InterceptionCounters`]).
+//!
+//! With [`Inbound`] the chain also looks at the loopback interface, at packets with the hairpin's mark and nothing else: what the
+//! proxy sends a pod of this node for another pod of this node goes to the proxy's inbound port, or is refused.
 //!
 //! Rules are replaced in one netfilter transaction: no packet sees none, or half, of them.
 
@@ -45,6 +49,19 @@ pub struct Interception {
     pub interface: String,
     /// The proxy's TCP port; its listeners are transparent sockets.
     pub port: u16,
+    /// Where what comes to pods goes instead; `None`: to `port` as well.
+    pub inbound: Option<Inbound>,
+}
+
+/// A port of the proxy's for what comes to pods, whoever sent it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inbound {
+    /// The proxy's TCP port for it; its listeners are transparent sockets.
+    pub port: u16,
+    /// The ingress port by which the network's packets come.
+    pub network: IngressPort,
+    /// Mark of what the proxy sends for a pod and that another pod of this node shall get.
+    pub hairpin: u32,
 }
 
 /// What the interception chain has done since it was last replaced.
@@ -67,6 +84,13 @@ pub struct Counter {
     pub packets: u64,
     /// Octets.
     pub octets: u64,
+}
+
+impl Counter {
+    fn add(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.octets += other.octets;
+    }
 }
 
 /// A socket to nf_tables in one namespace.
@@ -153,12 +177,9 @@ impl NfTables {
                 continue;
             };
             match outcome.as_str() {
-                INTERCEPTED => counters.intercepted = counter,
-                REFUSED => counters.refused = counter,
-                PATH_MTU_V4 | PATH_MTU_V6 => {
-                    counters.path_mtu.packets += counter.packets;
-                    counters.path_mtu.octets += counter.octets;
-                }
+                INTERCEPTED | FROM_NETWORK | HAIRPIN => counters.intercepted.add(counter),
+                REFUSED | HAIRPIN_REFUSED => counters.refused.add(counter),
+                PATH_MTU_V4 | PATH_MTU_V6 => counters.path_mtu.add(counter),
                 DROPPED => counters.dropped = counter,
                 _ => {}
             }
@@ -242,6 +263,9 @@ fn table_and_chain() -> Attributes {
 
 const MARKED: &str = "ingress port to mark";
 const INTERCEPTED: &str = "to the proxy";
+const FROM_NETWORK: &str = "from the network to the proxy";
+const HAIRPIN: &str = "from pod to pod to the proxy";
+const HAIRPIN_REFUSED: &str = "from pod to pod, no proxy: refused";
 const REFUSED: &str = "no proxy: refused";
 const PATH_MTU_V4: &str = "fragmentation needed";
 const PATH_MTU_V6: &str = "packet too big";
@@ -255,16 +279,20 @@ fn rules(interception: &Interception) -> Vec<Vec<u8>> {
     const IPV6: u8 = 10;
     let from_stack = || Expressions::from_interface(&interception.interface);
     let prefix = IngressPort::MAC_PREFIX;
-    vec![
-        rule(
-            MARKED,
-            from_stack()
-                .source_mac(0, prefix.len())
-                .equals(&prefix)
-                .source_mac(prefix.len(), 4)
-                .in_host_order()
-                .set_mark(),
-        ),
+    let marked = rule(
+        MARKED,
+        from_stack()
+            .source_mac(0, prefix.len())
+            .equals(&prefix)
+            .source_mac(prefix.len(), 4)
+            .in_host_order()
+            .set_mark(),
+    );
+    let mut rules = vec![marked];
+    if let Some(inbound) = &interception.inbound {
+        rules.extend(inbound_rules(&from_stack, inbound));
+    }
+    rules.extend([
         rule(
             INTERCEPTED,
             from_stack()
@@ -298,6 +326,28 @@ fn rules(interception: &Interception) -> Vec<Vec<u8>> {
                 .accept(),
         ),
         rule(DROPPED, from_stack().counter().drop()),
+    ]);
+    rules
+}
+
+fn inbound_rules(from_stack: &impl Fn() -> Expressions, inbound: &Inbound) -> [Vec<u8>; 3] {
+    const TCP: u8 = libc::IPPROTO_TCP as u8;
+    let hairpin = || {
+        let looped = Expressions::from_interface("lo").marked(inbound.hairpin);
+        looped.transport_protocol(TCP)
+    };
+    let from_network = from_stack().marked(inbound.network.get());
+    [
+        rule(
+            FROM_NETWORK,
+            from_network
+                .transport_protocol(TCP)
+                .tproxy(inbound.port)
+                .counter()
+                .accept(),
+        ),
+        rule(HAIRPIN, hairpin().tproxy(inbound.port).counter().accept()),
+        rule(HAIRPIN_REFUSED, hairpin().counter().tcp_reset()),
     ]
 }
 

@@ -16,4 +16,4 @@ pub use engine::KernelEngine;
 pub use socket::{
     Origin, SocketOptions, connect, connect_from, ingress, listen, original_destination, transparent_listener,
 };
-pub use stack::{KernelStack, KernelStackConfig, LocalSource, StackError};
+pub use stack::{HAIRPIN_MARK, InboundPort, KernelStack, KernelStackConfig, LocalSource, StackError};

@@ -7,18 +7,32 @@
 //! * kernel settings: the packet's mark becomes the accepted socket's, ports in TIME_WAIT are used again (without
 //!   that, short connections to one endpoint soon use up its source ports), a wide range of source ports.
 //!
+//! A proxy that has one port for what leaves pods and another for what comes to them ([`InboundPort`]) sees a connection
+//! from pod to pod of one node twice, as two proxies would: what it connects with the mark [`HAIRPIN_MARK`] is looked
+//! up in one more table, which has the addresses of local pods ([`KernelStack::set_local_pods`]) as local. Such packets loop
+//! back by `lo` to its inbound port and never reach the dataplane; what has no entry there leaves by the stack interface.
+//! Without the mark, everything leaves: so do connections of its inbound side to the pods.
+//!
 //! Turned down, because tried and found not to work: `local default` in the table `local`, and a rule by mark
 //! (it catches the proxy's replies too once accepted sockets carry the mark).
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use crate::netlink::nft::{Interception, InterceptionCounters, NfTables};
+use ipnet::IpNet;
+
+use crate::netlink::nft::{Inbound, Interception, InterceptionCounters, NfTables};
 use crate::netlink::sysctl::{self, SysctlError};
 use crate::netlink::{
     Link, LinkChange, Netlink, NetlinkError, PROTOCOL, Route, RouteKind, RouteMetrics, Rule,
 };
 use crate::netns::{Namespace, NamespaceError};
+use crate::stream::IngressPort;
+
+/// Mark of the proxy's connections for pods that go to its own inbound port if their endpoint is a pod of this node. Ports
+/// of a card are numbered from 1, so that no [`IngressPort`] is this.
+pub const HAIRPIN_MARK: u32 = 0xffff_fffd;
 
 /// How the stack shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,12 +41,23 @@ pub struct KernelStackConfig {
     pub interface: String,
     /// The proxy's TCP port.
     pub proxy_port: u16,
-    /// Routing table for incoming packets; not one of the kernel's own.
+    /// Where what comes to pods goes instead; `None`: to `proxy_port` as well.
+    pub inbound: Option<InboundPort>,
+    /// Routing table for incoming packets; not one of the kernel's own. The next one is for hairpins.
     pub table: u32,
     /// Reserved node-local source addresses.
     pub local_source: LocalSource,
     /// Path properties of everything that leaves the stack: congestion control, MTU, announced segment size.
     pub metrics: RouteMetrics,
+}
+
+/// The proxy's port for what comes to pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InboundPort {
+    /// Its TCP port.
+    pub port: u16,
+    /// The ingress port by which the network's packets come.
+    pub network: IngressPort,
 }
 
 /// Node-local addresses that no pod has: the source of the node's own connections and of a pod's connections to
@@ -61,6 +86,7 @@ impl KernelStackConfig {
         Self {
             interface: interface.to_owned(),
             proxy_port,
+            inbound: None,
             table: 100,
             local_source,
             metrics: RouteMetrics::default(),
@@ -110,9 +136,39 @@ impl KernelStack {
         stack.raise(&mut netlink, &link)?;
         for ipv6 in stack.families() {
             stack.route(&mut netlink, &link, ipv6)?;
-            stack.rule(&mut netlink, ipv6)?;
+            stack.rules(&mut netlink, ipv6)?;
         }
         Ok(stack)
+    }
+
+    /// Makes these, and no other, the addresses of pods of this node: what the proxy connects to them with [`HAIRPIN_MARK`]
+    /// goes to its inbound port. A pod must be in before the dataplane passes on to it what leaves the stack. Blocks for
+    /// well under a millisecond per address.
+    ///
+    /// # Errors
+    /// If the kernel refuses; the next call starts from what is there.
+    pub fn set_local_pods(&self, addresses: &BTreeSet<IpAddr>) -> Result<(), StackError> {
+        let table = self.hairpin_table();
+        let mut netlink = Netlink::open_in(&self.namespace)?;
+        let loopback = netlink.link("lo")?.index;
+        let wanted: BTreeSet<IpNet> = addresses
+            .iter()
+            .filter(|address| self.ipv6 || address.is_ipv4())
+            .map(|address| IpNet::from(*address))
+            .collect();
+        for net in &wanted {
+            netlink.replace_route(&Route::new(*net).kind(RouteKind::Local).table(table).on(loopback))?;
+        }
+        for route in netlink.routes(Some(table))? {
+            if !wanted.contains(&route.destination) {
+                accept_missing(netlink.delete_route(&route))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hairpin_table(&self) -> u32 {
+        self.config.table + 1
     }
 
     /// Uses a namespace that another process has prepared with the same configuration.
@@ -189,6 +245,11 @@ impl KernelStack {
         Interception {
             interface: self.config.interface.clone(),
             port: self.config.proxy_port,
+            inbound: self.config.inbound.map(|inbound| Inbound {
+                port: inbound.port,
+                network: inbound.network,
+                hairpin: HAIRPIN_MARK,
+            }),
         }
     }
 
@@ -202,10 +263,7 @@ impl KernelStack {
             self.setting("ipv4/tcp_fwmark_accept", "1"),
             self.setting("ipv4/tcp_tw_reuse", "1"),
             self.setting("ipv4/ip_local_port_range", "1024 65535"),
-            self.setting(
-                "ipv4/ip_local_reserved_ports",
-                &self.config.proxy_port.to_string(),
-            ),
+            self.setting("ipv4/ip_local_reserved_ports", &self.reserved_ports()),
             self.setting("ipv4/ip_forward", "0"),
             // Packets come in by the only route there is; whose address they may bear, the dataplane has checked.
             self.setting("ipv4/conf/all/rp_filter", "0"),
@@ -233,6 +291,11 @@ impl KernelStack {
         }
         let loopback = netlink.link("lo")?;
         Ok(netlink.change_link(loopback.index, &LinkChange::new().up())?)
+    }
+
+    fn reserved_ports(&self) -> String {
+        let inbound = self.config.inbound.map(|inbound| format!(",{}", inbound.port));
+        format!("{}{}", self.config.proxy_port, inbound.unwrap_or_default())
     }
 
     fn setting(&self, key: &str, value: &str) -> (String, String) {
@@ -271,15 +334,20 @@ impl KernelStack {
     }
 
     /// Before the main table (32766) and after the kernel's own (0).
-    fn rule(&self, netlink: &mut Netlink, ipv6: bool) -> Result<(), StackError> {
-        let wanted = Rule::incoming(ipv6, &self.config.interface, self.config.table, 100);
+    fn rules(&self, netlink: &mut Netlink, ipv6: bool) -> Result<(), StackError> {
+        let incoming = Rule::incoming(ipv6, &self.config.interface, self.config.table, 100);
+        let hairpin = self
+            .config
+            .inbound
+            .map(|_| Rule::marked(ipv6, HAIRPIN_MARK, self.hairpin_table(), 99));
+        let wanted: Vec<Rule> = [Some(incoming), hairpin].into_iter().flatten().collect();
         let present = self.own_rules(netlink)?;
-        if !present.contains(&wanted) {
-            netlink.add_rule(&wanted)?;
+        for rule in wanted.iter().filter(|rule| !present.contains(rule)) {
+            netlink.add_rule(rule)?;
         }
         for rule in present
             .iter()
-            .filter(|rule| rule.ipv6 == ipv6 && **rule != wanted)
+            .filter(|rule| rule.ipv6 == ipv6 && !wanted.contains(rule))
         {
             accept_missing(netlink.delete_rule(rule))?;
         }
@@ -302,7 +370,15 @@ fn check(config: &KernelStackConfig) -> Result<(), StackError> {
     if config.proxy_port == 0 {
         return complain("proxy_port is 0".into());
     }
-    if matches!(config.table, 0 | 253..=255) {
+    if let Some(inbound) = &config.inbound {
+        if inbound.port == 0 || inbound.port == config.proxy_port {
+            return complain(format!("inbound.port is {}", inbound.port));
+        }
+        if inbound.network.get() == HAIRPIN_MARK {
+            return complain(format!("inbound.network {HAIRPIN_MARK} is the hairpin's mark"));
+        }
+    }
+    if matches!(config.table, 0 | 252..=255 | u32::MAX) {
         return complain(format!("table {} is the kernel's own", config.table));
     }
     let local = config.local_source;
@@ -332,6 +408,16 @@ mod tests {
                 ..good.clone()
             })
             .contains("proxy_port")
+        );
+        assert!(
+            says(KernelStackConfig {
+                inbound: Some(InboundPort {
+                    port: 15001,
+                    network: IngressPort::new(1).expect("not 0"),
+                }),
+                ..good.clone()
+            })
+            .contains("inbound.port")
         );
         assert!(
             says(KernelStackConfig {
