@@ -1,6 +1,7 @@
 //! [`NodeDataplane`]: what the channel's calls do here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -13,6 +14,7 @@ use dpumesh_hw::channel::{Attachment, Dataplane};
 use dpumesh_hw::dataplane::{EngineGone, EngineHandle, EngineStats, PortPolicy, SoftSteering};
 use dpumesh_hw::events::EventHub;
 use dpumesh_hw::stream::IngressPort;
+use dpumesh_hw::stream::kernel::KernelStack;
 use tokio::sync::Mutex;
 
 /// The dataplane of one card: its backend, its engine and the steering over it.
@@ -28,6 +30,8 @@ pub struct NodeDataplane {
     epoch: Epoch,
     /// What is attached to each port. Held while a port changes hands, so that calls about one port do not mix.
     attached: Mutex<HashMap<PortRef, Attachment>>,
+    /// Where the proxy has an inbound port: told of local pods before they are reached.
+    stack: Option<KernelStack>,
 }
 
 impl NodeDataplane {
@@ -46,7 +50,26 @@ impl NodeDataplane {
             events,
             epoch,
             attached: Mutex::default(),
+            stack: None,
         }
+    }
+
+    /// Tells `stack` which pods are of this node, so that the proxy's connections from pod to pod come to its inbound port.
+    #[must_use]
+    pub fn with_hairpins(mut self, stack: KernelStack) -> Self {
+        self.stack = Some(stack);
+        self
+    }
+
+    fn tell_stack<'a>(&self, pods: impl Iterator<Item = &'a Attachment>) -> Result<()> {
+        let Some(stack) = &self.stack else {
+            return Ok(());
+        };
+        let addresses: BTreeSet<IpAddr> = pods.flat_map(|pod| pod.addresses.iter().copied()).collect();
+        stack.set_local_pods(&addresses).map_err(|error| {
+            let message = "the stack was not told which pods are of this node";
+            Error::new(ErrorKind::Io, "channel.attach", message).source(error)
+        })
     }
 
     fn check(&self, fence: Fence, operation: &'static str) -> Result<()> {
@@ -130,8 +153,10 @@ impl Dataplane for NodeDataplane {
         // A port has one reader.
         attached.remove(&port);
         self.close(port).await?;
+        self.tell_stack(attached.values().chain([attachment]))?;
         if let Err(error) = self.open(port, policy).await {
             self.close(port).await?;
+            self.tell_stack(attached.values())?;
             return Err(error);
         }
         attached.insert(port, attachment.clone());
@@ -146,6 +171,7 @@ impl Dataplane for NodeDataplane {
         if current.is_none_or(|current| current.lease == *lease) {
             attached.remove(&lease.port);
             self.close(lease.port).await?;
+            self.tell_stack(attached.values())?;
         }
         self.card.require_vf()?.revoke(self.card.fence(), lease).await
     }

@@ -266,13 +266,17 @@ async fn serve(args: &Args) -> Result<(), Error> {
     open_port(&engine, stack.port, PortRef::Stack(0), stack.policy).await?;
     open_uplink(&engine, card.as_ref(), &options).await?;
     let mut lost = std::pin::pin!(until_lost(card.events(), Arc::clone(&events)));
-    let dataplane = Arc::new(NodeDataplane::new(
+    let mut dataplane = NodeDataplane::new(
         Arc::<TapBackend>::clone(&card),
         engine.clone(),
         steering,
         events,
         epoch,
-    ));
+    );
+    if args.stack.inbound_port.is_some() {
+        dataplane = dataplane.with_hairpins(stack.kernel);
+    }
+    let dataplane = Arc::new(dataplane);
     let maintenance = tokio::spawn(maintain(Arc::clone(&dataplane), engine.clone(), card, options));
     let listener = TcpListener::bind(args.listen)
         .await

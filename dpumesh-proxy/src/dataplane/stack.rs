@@ -3,6 +3,7 @@
 //! The interface outlives the dataplane (a persistent TAP, or a veth pair), so that connections of the proxy survive
 //! its restart; preparing an existing stack again changes nothing that is right already.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
@@ -11,7 +12,7 @@ use dpumesh_core::{MacAddr, Mtu, PortIo, PortRef};
 use dpumesh_hw::dataplane::PortPolicy;
 use dpumesh_hw::netlink::{LinkChange, Netlink, NetlinkError};
 use dpumesh_hw::netns::{Namespace, NamespaceError};
-use dpumesh_hw::stream::kernel::{KernelStack, KernelStackConfig, LocalSource};
+use dpumesh_hw::stream::kernel::{InboundPort, KernelStack, KernelStackConfig, LocalSource};
 use dpumesh_tap::VfKind;
 use dpumesh_tap::device::{PacketOptions, PacketPort, TapPort, create_pair, create_tap, ready_card_end};
 
@@ -37,6 +38,10 @@ pub struct StackArgs {
     /// TCP port of the proxy's transparent listener
     #[arg(long, value_name = "PORT", default_value_t = 15001)]
     pub proxy_port: u16,
+    /// TCP port of the proxy's transparent listener for what comes to pods, where that is another one: from the network, and
+    /// from the proxy itself for pods of this node
+    #[arg(long, value_name = "PORT")]
+    pub inbound_port: Option<u16>,
     /// IPv4 source of the node's own connections and of a pod's connections to itself
     #[arg(long, value_name = "ADDR", default_value = "169.254.77.1")]
     pub local_source_v4: Ipv4Addr,
@@ -70,6 +75,7 @@ pub enum StackError {
 pub(super) struct Stack {
     pub(super) port: Box<dyn PortIo>,
     pub(super) policy: PortPolicy,
+    pub(super) kernel: KernelStack,
 }
 
 /// Makes the interface if need be, sets up interception, and opens the port. The card's end of a veth interface is in
@@ -103,13 +109,19 @@ pub(super) fn open(
     };
     let mut config = KernelStackConfig::new(INTERFACE, args.proxy_port, local);
     config.metrics.congestion.clone_from(&args.congestion);
-    KernelStack::prepare(&namespace, config)?;
+    config.inbound = args.inbound_port.map(|port| InboundPort {
+        port,
+        network: super::uplink_ingress(),
+    });
+    let kernel = KernelStack::prepare(&namespace, config)?;
+    // Those of a former life are told anew.
+    kernel.set_local_pods(&BTreeSet::new())?;
     let mac = MacAddr(link.mac.unwrap_or_default()); // Ethernet: always there
     let policy = PortPolicy::Stack {
         mac,
         gateway: STACK_GATEWAY,
     };
-    Ok(Stack { port, policy })
+    Ok(Stack { port, policy, kernel })
 }
 
 fn make_interface(namespace: &Namespace, fabric: &Namespace, kind: VfKind) -> Result<(), StackError> {
