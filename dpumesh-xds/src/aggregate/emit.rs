@@ -10,7 +10,7 @@ use serde_json::json;
 use super::matcher::{self, DENY};
 use super::program::{Program, Shared, SharedChain, group};
 use super::tree::Tree;
-use super::{DENY_CLUSTER, INBOUND, Interception, OUTBOUND, Options, WIDENED_TIMEOUT};
+use super::{DENY_CLUSTER, HAIRPIN_MARK, INBOUND, Interception, OUTBOUND, Options, WIDENED_TIMEOUT};
 use crate::discovery::ResourceType;
 use crate::ir::{Body, PodView, PortSet, Role};
 use crate::schema;
@@ -173,11 +173,14 @@ impl Side<'_> {
         let mut filters = Vec::new();
         match interception {
             Interception::Transparent | Interception::Redirect => {
-                filters.push(listener_filter("original_dst", "OriginalDst", None))
+                filters.push(listener_filter("original_dst", "OriginalDst", None));
             }
             Interception::ProxyProtocol => {
                 filters.push(listener_filter("proxy_protocol", "ProxyProtocol", None))
             }
+        }
+        if interception == Interception::Transparent {
+            filters.push(self.original_source());
         }
         let tls = self.detection(|d| &d.tls);
         let http = self.detection(|d| &d.http);
@@ -204,6 +207,16 @@ impl Side<'_> {
             });
         }
         (filters, timeout, continues)
+    }
+
+    /// Connections leave with the client's address. What leaves pods is marked, so that what is for a pod of this node comes to
+    /// the inbound listener, as it does for other nodes'; what goes on from there to the pod is not.
+    fn original_source(&self) -> serde_json::Value {
+        let mut filter = listener_filter("original_src", "OriginalSrc", None);
+        if !self.inbound {
+            filter["typed_config"]["mark"] = json!(HAIRPIN_MARK);
+        }
+        filter
     }
 
     /// The listeners of this direction, each with the ports it can get connections for.

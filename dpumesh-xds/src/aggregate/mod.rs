@@ -45,6 +45,10 @@ pub const DENY_CLUSTER: &str = "dpumesh-deny";
 /// The longest wait for first octets that only another pod asked to see.
 pub const WIDENED_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Mark of connections that leave pods, with [`Interception::Transparent`]: packets that bear it and are for a pod of the same node
+/// must come to the inbound listener. The stack of `dpu-dataplane` does that with exactly this mark.
+pub const HAIRPIN_MARK: u32 = 0xffff_fffd;
+
 /// How connections reach the shared proxy with their original addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interception {
