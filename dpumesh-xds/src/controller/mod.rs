@@ -30,6 +30,7 @@
 //! and no need for one until the controller writes to the API.
 
 mod adapters;
+mod https;
 mod manifests;
 mod plan;
 mod program;

@@ -17,6 +17,7 @@ use tonic::service::Routes;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use super::adapters::Adapters;
+use super::https;
 use super::manifests::{WebhookPlace, rbac, webhook_configuration};
 use super::plan::{Finding, Plan, plan};
 use super::status::{Seen, Status};
@@ -137,7 +138,7 @@ pub async fn run(args: &Args) -> Result<(), Error> {
 
     let (listener, listen) = bind("listen", args.listen).await?;
     let service = Routes::new(adapters.service());
-    let to_adapters = serve("--tls-cert", tls(args, true)?, service, listener);
+    let to_adapters = serve("--tls-cert", tls(args)?, service, listener);
     let (listener, at) = bind("status", args.status).await?;
     let pages = Routes::from(Arc::clone(&status).routes());
     let to_people = serve("--status", Server::builder(), pages, listener);
@@ -147,7 +148,18 @@ pub async fn run(args: &Args) -> Result<(), Error> {
             let (listener, at) = bind("webhook", address).await?;
             ready.push_str(&format!(" webhook={at}"));
             let routes = Routes::from(webhook::routes());
-            Box::pin(serve("--webhook", tls(args, false)?, routes, listener))
+            let (chain, key) = (
+                required(&args.tls_cert, "--tls-cert")?,
+                required(&args.tls_key, "--tls-key")?,
+            );
+            let option = "--webhook";
+            let wrong = |error: String| Error::Server { option, error };
+            let connections = https::incoming(listener, https::acceptor(&chain, &key).map_err(wrong)?);
+            let serving = Server::builder().accept_http1(true).add_routes(routes);
+            Box::pin(async move {
+                let served = serving.serve_with_incoming(connections).await;
+                served.map_err(|error| wrong(error.to_string()))
+            })
         }
         None => Box::pin(std::future::pending()),
     };
@@ -248,16 +260,15 @@ async fn serve(
     })
 }
 
-fn tls(args: &Args, mutual: bool) -> Result<Server, Error> {
+fn tls(args: &Args) -> Result<Server, Error> {
     let (chain, key) = (
         required(&args.tls_cert, "--tls-cert")?,
         required(&args.tls_key, "--tls-key")?,
     );
-    let mut config = ServerTlsConfig::new().identity(Identity::from_pem(chain, key));
-    if mutual {
-        let roots = required(&args.tls_client_ca, "--tls-client-ca")?;
-        config = config.client_ca_root(Certificate::from_pem(roots));
-    }
+    let roots = required(&args.tls_client_ca, "--tls-client-ca")?;
+    let config = ServerTlsConfig::new()
+        .identity(Identity::from_pem(chain, key))
+        .client_ca_root(Certificate::from_pem(roots));
     let server = Server::builder().tls_config(config);
     server.map_err(|error| Error::Server {
         option: "--tls-cert, --tls-key, --tls-client-ca",
@@ -322,6 +333,6 @@ mod tests {
                 .contains("--webhook-ca")
         );
         let args = parse("istio-dpu-controller --tls-cert a --tls-key b --tls-client-ca c").unwrap();
-        assert!(matches!(tls(&args, true), Err(Error::File { path, .. }) if path == Path::new("a")));
+        assert!(matches!(tls(&args), Err(Error::File { path, .. }) if path == Path::new("a")));
     }
 }
