@@ -4,8 +4,10 @@
 //! {"scenarios":[{"name":"…","passed":true,"detail":"…"}],
 //!  "latency_us":{"direct":{"p50":1.0,"p90":1.0,"p99":1.0,"max":1.0}},
 //!  "cpu_us_per_request":{"dataplane":1.0},
-//!  "rss_kib":{"proxy":1}}
+//!  "rss_kib":{"proxy":1},
+//!  "took_ms":{"…":1.0}}
 //! ```
+//! `took_ms` is there where something was timed.
 //!
 //! Progress goes to standard error (a spinner on a terminal, plain lines elsewhere), results to standard output.
 
@@ -33,6 +35,9 @@ pub struct Report {
     pub cpu_us_per_request: Table<f64>,
     /// Resident memory by process, KiB.
     pub rss_kib: Table<u64>,
+    /// How long single things took, milliseconds.
+    #[serde(skip_serializing_if = "Table::is_empty")]
+    pub took_ms: Table<f64>,
 }
 
 /// One thing that was to be shown.
@@ -64,6 +69,11 @@ impl<T> Table<T> {
             Some((_, existing)) => *existing = value,
             None => self.0.push((name, value)),
         }
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The row called `name`.
@@ -178,6 +188,9 @@ impl fmt::Display for Report {
         let memory = self.rss_kib.0.iter();
         let memory = memory.map(|(name, figure)| (name.as_str(), vec![figure.to_string()]));
         table(f, "memory", &["KiB"], memory)?;
+        let took = self.took_ms.0.iter();
+        let took = took.map(|(name, figure)| (name.as_str(), vec![format!("{figure:.0}")]));
+        table(f, "time", &["ms"], took)?;
         let passed = self.scenarios.iter().filter(|scenario| scenario.passed).count();
         write!(f, "\n{passed} of {} scenarios passed", self.scenarios.len())
     }
