@@ -109,16 +109,17 @@ async fn converse(mut stream: UnixStream, pods: &Pods, mut board: Board) -> io::
     while let Some(body) = read(&mut stream).await? {
         let request = serde_json::from_slice(&body).map_err(|error| error.to_string());
         let answer = match request {
-            Ok(Request::Govern(govern)) => {
-                let waited = tokio::select! {
-                    answer = governed(govern, pods, &mut board) => Some(answer),
-                    () = anything(&stream) => None,
-                };
-                match waited {
-                    Some(answer) => answer,
-                    None => return Ok(()),
+            Ok(Request::Govern(govern)) => match nonsense(&govern) {
+                Some(reason) => Answer::Refused { reason },
+                None => {
+                    // The pod is on the node from now on, whether its agent waits or not.
+                    let asked = ask(govern, pods);
+                    tokio::select! {
+                        answer = governed(&asked, pods, &mut board) => answer,
+                        () = anything(&stream) => return Ok(()),
+                    }
                 }
-            }
+            },
             Ok(Request::Forget(forget)) => {
                 pods.forget(&forget.namespace, &forget.name, &forget.uid);
                 Answer::Forgotten {}
@@ -141,28 +142,31 @@ async fn anything(stream: &UnixStream) {
     }
 }
 
-/// Waits until a pod is governed, or will not be.
-async fn governed(govern: Govern, pods: &Pods, board: &mut Board) -> Answer {
-    if let Some(reason) = nonsense(&govern) {
-        return Answer::Refused { reason };
-    }
+fn ask(govern: Govern, pods: &Pods) -> Asked {
     let Govern {
         name,
         namespace,
         uid,
         addresses,
     } = govern;
-    let key = key(&namespace, &name);
-    pods.ask(Asked {
+    let asked = Asked {
         name,
         namespace,
-        uid: uid.clone(),
-        addresses: addresses.clone(),
-    });
+        uid,
+        addresses,
+    };
+    pods.ask(asked.clone());
+    asked
+}
+
+/// Waits until a pod is governed, or will not be.
+async fn governed(asked: &Asked, pods: &Pods, board: &mut Board) -> Answer {
+    let key = key(&asked.namespace, &asked.name);
+    let Asked { uid, addresses, .. } = asked;
     loop {
         // Of the pod that is asked for now, with these addresses: not of the one before it.
         let current = pods.local().remove(&key);
-        let wanted = current.filter(|pod| (uid.is_empty() || pod.uid == uid) && pod.addresses == addresses);
+        let wanted = current.filter(|pod| (uid.is_empty() || pod.uid == *uid) && pod.addresses == *addresses);
         let report = wanted.and_then(|pod| {
             let report = board.borrow_and_update().get(&key).cloned();
             report.filter(|report| report.uid == pod.uid && report.addresses == pod.addresses)
