@@ -8,6 +8,7 @@
 //! two ends of each veth pair share a MAC and resolve no neighbours, so that every frame is taken by the other end;
 //! the pair at the stack has the MAC of an ingress port.
 
+use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::ExitCode;
@@ -20,7 +21,8 @@ use dpumesh_hw::netlink::{
 use dpumesh_hw::netns::Namespace;
 use dpumesh_hw::netns::testing::{self, Case, RunAs};
 use dpumesh_hw::stream::kernel::{
-    KernelEngine, KernelStack, KernelStackConfig, LocalSource, connect_from, transparent_listener,
+    HAIRPIN_MARK, InboundPort, KernelEngine, KernelStack, KernelStackConfig, LocalSource, Origin,
+    connect_from, transparent_listener,
 };
 use dpumesh_hw::stream::{
     ConnectRequest, Families, IngressPort, ListenOptions, Stream, StreamEngine, StreamErrorKind,
@@ -33,6 +35,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// A refusal or a connection that takes longer than this has waited for a retransmission.
 const AT_ONCE: Duration = Duration::from_millis(900);
 const PROXY: u16 = 15001;
+const INBOUND: u16 = 15006;
 const INGRESS: u32 = 0x0102_0304;
 const POD: [&str; 2] = ["10.1.0.5", "fd01::5"];
 const SERVER: [&str; 2] = ["10.2.0.9", "fd02::9"];
@@ -107,6 +110,14 @@ fn main() -> ExitCode {
         case(
             "an_aborted_stream_ends_with_a_reset",
             an_aborted_stream_ends_with_a_reset,
+        ),
+        case(
+            "what_comes_to_pods_comes_to_the_inbound_port",
+            what_comes_to_pods_comes_to_the_inbound_port,
+        ),
+        case(
+            "from_pod_to_pod_comes_to_the_inbound_port",
+            from_pod_to_pod_comes_to_the_inbound_port,
         ),
         nobody(
             "an_ordinary_users_listener_sees_original_addresses",
@@ -371,6 +382,82 @@ fn a_pod_reaches_itself_through_the_local_source() {
         .block_on(engine.connect(&request))
         .expect_err("no source");
     assert_eq!(error.kind(), StreamErrorKind::NoLocalSource);
+}
+
+/// The stack with an inbound port, where the network's packets come in by `network`.
+fn with_inbound(network: u32) -> KernelStackConfig {
+    let network = IngressPort::new(network).expect("not 0");
+    KernelStackConfig {
+        inbound: Some(InboundPort {
+            port: INBOUND,
+            network,
+        }),
+        ..config()
+    }
+}
+
+fn what_comes_to_pods_comes_to_the_inbound_port() {
+    let node = Node::new();
+    node.prepare();
+    let outbound = node.listen(&ListenOptions::new(PROXY));
+    let inbound = node.listen(&ListenOptions::new(INBOUND));
+    for (network, listener) in [(INGRESS, &inbound), (INGRESS + 1, &outbound)] {
+        KernelStack::prepare(&node.stack, with_inbound(network)).expect("prepared");
+        for service in SERVICE {
+            let client = node.client(at(service, 80)).expect("connected");
+            let (accepted, peer) = listener.accept().expect("accepted");
+            assert_eq!(peer.port(), client.local_addr().expect("bound").port());
+            let meant = accepted.local_addr().expect("bound");
+            assert_eq!((meant.ip().to_canonical(), meant.port()), (ip(service), 80));
+        }
+    }
+}
+
+fn from_pod_to_pod_comes_to_the_inbound_port() {
+    const OTHER: [&str; 2] = ["10.1.0.6", "fd01::6"];
+    let node = Node::new();
+    node.prepare();
+    let stack = KernelStack::prepare(&node.stack, with_inbound(u32::MAX)).expect("prepared");
+    let pods = POD.into_iter().chain(OTHER).map(ip).collect();
+    stack.set_local_pods(&pods).expect("told");
+    let connect = |number: usize| {
+        let origin = Origin {
+            ip: ip(POD[number]),
+            mark: HAIRPIN_MARK,
+        };
+        let stream = node.stack.run(|| connect_from(origin, at(OTHER[number], 8080)));
+        let stream = stream.expect("ran").expect("connecting");
+        stream.set_nonblocking(false).expect("blocking");
+        stream
+    };
+    for number in [0, 1] {
+        let mut refused = connect(number);
+        let error = refused.read(&mut [0]).expect_err("nobody listens");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+    }
+    let listener = node.listen(&ListenOptions::new(INBOUND));
+    for number in [0, 1] {
+        let mut client = connect(number);
+        let (mut accepted, peer) = listener.accept().expect("accepted");
+        assert_eq!(peer.ip().to_canonical(), ip(POD[number]));
+        let meant = accepted.local_addr().expect("bound").ip();
+        assert_eq!(meant.to_canonical(), ip(OTHER[number]));
+        accepted.write_all(b"hello").expect("written");
+        let mut hello = [0; 5];
+        client.read_exact(&mut hello).expect("read");
+        assert_eq!(&hello, b"hello");
+    }
+    // A pod that is not of this node any more: such a connection leaves the stack.
+    stack.set_local_pods(&BTreeSet::new()).expect("told");
+    let server = node.server(at(SERVER[0], 80));
+    let origin = Origin {
+        ip: ip(POD[0]),
+        mark: HAIRPIN_MARK,
+    };
+    let leaves = node.stack.run(|| connect_from(origin, at(SERVER[0], 80)));
+    let _leaves = leaves.expect("ran").expect("connecting");
+    let (_, peer) = server.accept().expect("accepted");
+    assert_eq!(peer.ip(), ip(POD[0]));
 }
 
 fn short_connections_do_not_use_up_the_ports() {

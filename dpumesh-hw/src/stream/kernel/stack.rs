@@ -271,6 +271,13 @@ impl KernelStack {
             self.setting("ipv4/conf/{}/accept_redirects", "0"),
             self.setting("ipv4/conf/{}/send_redirects", "0"),
         ];
+        if self.config.inbound.is_some() {
+            // A reset of a hairpin goes back the way that the hairpin came.
+            settings.push(self.setting("ipv4/fwmark_reflect", "1"));
+            if self.ipv6 {
+                settings.push(self.setting("ipv6/fwmark_reflect", "1"));
+            }
+        }
         if self.ipv6 {
             settings.extend([
                 self.setting("ipv6/conf/{}/disable_ipv6", "0"),
