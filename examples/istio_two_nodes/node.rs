@@ -434,6 +434,26 @@ fn ourselves(program: &str) -> Command {
 /// Programs of ours that are built beside this one.
 const PROGRAMS: [&str; 3] = ["istio-dpu-adapter", "istio-dpu-controller", "dpu-keys"];
 
+/// Has cargo build [`PROGRAMS`] where cargo runs this, so that they are as new as it is.
+pub(crate) fn build() -> Result<()> {
+    let Some(cargo) = std::env::var_os("CARGO") else {
+        return Ok(());
+    };
+    let mut command = Command::new(cargo);
+    command
+        .args(["build", "--quiet", "-p", "dpumesh-xds", "--bins"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    let status = command.status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("cargo build -p dpumesh-xds --bins: {status}").into())
+    }
+}
+
 /// What is not built of [`PROGRAMS`], and how to build it.
 pub(crate) fn missing() -> Option<String> {
     let absent = PROGRAMS.into_iter().find(|name| program(name).is_err())?;

@@ -72,7 +72,8 @@ fn processes_naming(folder: &Path) -> Vec<String> {
 /// The example, with a runtime folder of its own.
 fn example(place: &Path) -> Command {
     let mut command = Command::new(built());
-    command.env("XDG_RUNTIME_DIR", place);
+    // Without cargo it takes what is built.
+    command.env("XDG_RUNTIME_DIR", place).env_remove("CARGO");
     command
 }
 
