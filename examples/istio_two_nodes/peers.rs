@@ -89,6 +89,18 @@ impl ControlPlane {
         command.arg(verb).arg(&self.folder).args(peer);
         command.env("PEERS_LISTEN", ADDRESS.to_string());
         Process::output(&self.run, "tests/peers/run", &self.namespace, command, PATIENCE)?;
+        self.record()
+    }
+
+    /// Writes the peers into the record of the run: if it is killed, and the next one comes before the guard is done, that one ends them.
+    fn record(&self) -> Result<()> {
+        for entry in fs::read_dir(self.folder.join("pid"))? {
+            let entry = entry?;
+            let text = fs::read_to_string(entry.path())?;
+            if let Some(pid) = text.split(' ').next().and_then(|number| number.parse().ok()) {
+                self.run.record(&entry.file_name().to_string_lossy(), pid)?;
+            }
+        }
         Ok(())
     }
 
