@@ -1,14 +1,24 @@
-//! What is measured: latency and CPU of requests that cross nodes under mutual TLS, and memory.
+//! What is measured: latency and CPU of requests that cross nodes under mutual TLS, and memory, on request also that of a
+//! node with many pods beside a node with one, which is what a sidecar would hold.
+
+use std::net::{Ipv4Addr, SocketAddr};
 
 use dpumesh_examples::measure::{CpuMeter, resident_kib};
 use dpumesh_examples::report::{Progress, Report};
 
+use serde_json::json;
+
 use super::Result;
+use super::kubelet::{HTTP_PORT, NAMESPACE, PodSpec};
+use super::node::list;
 use super::scenarios::ensure;
-use super::world::{RATINGS, World};
+use super::world::{RATINGS, SERVICES, World};
 
 /// Requests of one measurement.
 const REQUESTS: u64 = 5000;
+
+/// Services beside the mesh's own, and pods of the first node, where memory is measured at scale.
+const SCALE: (u8, usize) = (200, 20);
 
 /// Measures on the quiet mesh.
 pub(crate) fn measure(world: &World, report: &mut Report, progress: &Progress) -> Result<()> {
@@ -56,6 +66,50 @@ pub(crate) fn measure(world: &World, report: &mut Report, progress: &Progress) -
         report
             .rss_kib
             .set(node.dataplane.name(), resident_kib(node.dataplane.id())?);
+    }
+    Ok(())
+}
+
+/// Memory of the first node's programs with one pod and with many, and many services. What stock Envoy holds for one pod is a sidecar's
+/// worth.
+pub(crate) fn scale(world: &mut World, report: &mut Report, progress: &Progress) -> Result<()> {
+    let (services, pods) = SCALE;
+    progress.step(&format!("memory: 1 pod and {services} services"));
+    let objects = (1..=services).map(|number| {
+        json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": format!("more-{number}"), "namespace": NAMESPACE},
+            "spec": {"clusterIP": Ipv4Addr::new(10, 96, 2, number), "selector": {"app": RATINGS.name},
+                "ports": [{"name": "http", "port": 80, "targetPort": HTTP_PORT}]}})
+    });
+    world.nodes.control.apply(&list(objects.collect()))?;
+    world.remove_pod("reviews-1")?;
+    let last = SocketAddr::from((Ipv4Addr::new(10, 96, 2, services), 80));
+    reaches(world, "front-1", last)?;
+    remember(world, report, &format!("1 pod, {services} services"))?;
+    progress.step(&format!("memory: {pods} pods and {services} services"));
+    for number in 1..pods {
+        let app = SERVICES[number % SERVICES.len()].name;
+        world.add_pods(&[PodSpec::new(&format!("more-{number}"), app, "v1", 0)])?;
+    }
+    reaches(world, &format!("more-{}", pods - 1), last)?;
+    remember(world, report, &format!("{pods} pods, {services} services"))
+}
+
+fn reaches(world: &World, from: &str, address: SocketAddr) -> Result<()> {
+    world.until("the last service answers", |world| {
+        let answered = world.get(from, RATINGS, 1, &|options| {
+            options.address = address;
+            options.host = Some(address.ip().to_string());
+        })?;
+        Ok(answered.statuses.get(&200) == Some(&1))
+    })
+}
+
+fn remember(world: &World, report: &mut Report, what: &str) -> Result<()> {
+    let node = &world.nodes.all[0];
+    for process in [&node.proxy, &node.adapter].into_iter().flatten() {
+        let name = format!("{}: {what}", process.name());
+        report.rss_kib.set(&name, resident_kib(process.id())?);
     }
     Ok(())
 }

@@ -69,6 +69,9 @@ struct Args {
     /// Play only scenarios whose name contains this text
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Measure memory with 20 pods on a node and 200 services as well
+    #[arg(long)]
+    scale: bool,
     /// Leave everything running after the scenarios, until Ctrl-C
     #[arg(long)]
     keep: bool,
@@ -193,6 +196,9 @@ fn play(args: &Args) -> Result<ExitCode> {
     interrupt.check()?;
     if args.only.is_none() {
         figures::measure(&world, &mut report, &progress)?;
+    }
+    if args.scale {
+        figures::scale(&mut world, &mut report, &progress)?;
     }
     for (name, took) in &world.took {
         report.took_ms.set(name, *took);

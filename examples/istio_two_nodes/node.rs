@@ -43,7 +43,7 @@ const CONTROLLER_PORT: u16 = 15020;
 const WEBHOOK_PORT: u16 = 9443;
 const OUTBOUND: u16 = 15001;
 const INBOUND: u16 = 15006;
-const VFS: u16 = 8;
+const VFS: u16 = 24;
 /// How long a program may take until it serves.
 const PATIENCE: Duration = Duration::from_secs(30);
 
