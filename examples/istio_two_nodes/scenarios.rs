@@ -40,8 +40,12 @@ pub(crate) fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<()
 }
 
 fn told(summary: &Summary) -> String {
+    let failure = summary
+        .failure
+        .as_ref()
+        .map_or_else(String::new, |answer| format!(", one of them {answer:?}"));
     format!(
-        "statuses {:?}, served by {:?}, errors {:?}",
+        "statuses {:?}, served by {:?}, errors {:?}{failure}",
         summary.statuses, summary.served_by, summary.errors
     )
 }

@@ -117,6 +117,8 @@ pub struct Summary {
     pub latency_us: Percentiles,
     /// The first answer in full.
     pub first: Option<Answer>,
+    /// The first answer with a status from 500 in full.
+    pub failure: Option<Answer>,
 }
 
 /// One answer in full.
@@ -307,7 +309,7 @@ impl<'a> Client<'a> {
                     Err(trouble) => Err(trouble),
                 },
                 State::Sending(from) => connection.send(&self.request, from),
-                State::Head => connection.head(self.summary.first.is_none()),
+                State::Head => connection.head(|status| self.summary.wants(status)),
                 State::Body(body) => connection.body(body, &mut self.summary.body_octets),
             };
             match step {
@@ -380,7 +382,7 @@ impl<'a> Client<'a> {
         self.latencies.push(micros(connection.started.elapsed()));
         self.summary.count(std::mem::take(&mut connection.told));
         if let Some(answer) = connection.kept.take() {
-            self.summary.first.get_or_insert(answer);
+            self.summary.keep(answer);
         }
         connection.reused = true;
         connection.state = State::Idle;
@@ -418,6 +420,18 @@ impl<'a> Client<'a> {
 }
 
 impl Summary {
+    /// Whether an answer with `status` is kept in full.
+    fn wants(&self, status: u16) -> bool {
+        self.first.is_none() || (status >= 500 && self.failure.is_none())
+    }
+
+    fn keep(&mut self, answer: Answer) {
+        if answer.status >= 500 {
+            self.failure.get_or_insert_with(|| answer.clone());
+        }
+        self.first.get_or_insert(answer);
+    }
+
     fn count(&mut self, told: Told) {
         self.answered += 1;
         *self.statuses.entry(told.status).or_default() += 1;
@@ -511,7 +525,7 @@ impl Connection {
         Ok(count)
     }
 
-    fn head(&mut self, keep: bool) -> Result<bool, Trouble> {
+    fn head(&mut self, wants: impl Fn(u16) -> bool) -> Result<bool, Trouble> {
         let mut headers = [httparse::EMPTY_HEADER; HEADERS];
         let mut head = httparse::Response::new(&mut headers);
         let length = match head.parse(&self.input) {
@@ -537,7 +551,7 @@ impl Connection {
         };
         self.told = Told::by(&head);
         self.close = head.version == Some(0) || self.told.is_closing || body == Body::UntilClose;
-        self.kept = keep.then(|| in_full(&head));
+        self.kept = wants(status).then(|| in_full(&head));
         self.input.drain(..length);
         self.state = State::Body(body);
         Ok(body.is_complete())
