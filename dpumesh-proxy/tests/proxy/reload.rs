@@ -320,3 +320,26 @@ fn a_folder_swapped_by_symlink_is_noticed() {
         r.header("x-endpoint") == Some("b")
     });
 }
+
+#[test]
+fn the_last_request_of_a_changed_listener_goes_where_it_used_to() {
+    let (a, b) = (Endpoint::start("a"), Endpoint::start("b"));
+    let running = dynamic(&[a.address]);
+    let mut client = running.client();
+    assert_eq!(client.get("/").header("x-endpoint"), Some("a"));
+    // Another cluster takes the place of the only one, and the connection's chain becomes another.
+    let other = cluster(
+        "other",
+        &[b.address],
+        ", \"@type\": type.googleapis.com/envoy.config.cluster.v3.Cluster",
+    );
+    let clusters =
+        cds(running.folder.path(), "").replace("resources:\n", &format!("resources:\n- {other}\n"));
+    running.next_generation(|| replace(&running.file("cds.yaml"), &clusters));
+    let changed = lds("web", running.folder.path()).replace("stat_prefix: web", "stat_prefix: new");
+    running.next_generation(|| replace(&running.file("lds.yaml"), &changed));
+    running.await_answer(&mut client, "the connection's last answer", |answer| {
+        assert_eq!(answer.header("x-endpoint"), Some("a"), "{}", answer.text());
+        answer.header("connection") == Some("close")
+    });
+}

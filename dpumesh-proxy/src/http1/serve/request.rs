@@ -95,14 +95,15 @@ impl Session {
         outcome.keep
     }
 
-    /// Takes up a newer configuration: same chain, new routes; a chain that is changed or gone, close after this request.
+    /// Takes up a newer configuration: same chain, new routes; a chain that is changed or gone, close after this request,
+    /// which still goes by the old one as a whole: its references are places in its own list of clusters.
     fn catch_up(&mut self) {
         if self.worker.generation() == self.program.config.generation {
             return;
         }
-        self.program = self.worker.program();
+        let program = self.worker.program();
         let name = &self.place.listener.name;
-        let current = self.program.config.listeners.iter().find(|l| l.name == *name);
+        let current = program.config.listeners.iter().find(|l| l.name == *name);
         let same = current.and_then(|listener| {
             let chain = listener.same_chain(&self.place.listener, &self.place.chain)?;
             Some((listener, chain))
@@ -116,6 +117,7 @@ impl Session {
                     listener: Arc::clone(listener),
                     chain: Arc::clone(chain),
                 };
+                self.program = program;
             }
             None => self.closing = true,
         }
