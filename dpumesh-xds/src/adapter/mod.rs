@@ -41,7 +41,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
-use crate::aggregate::{Aggregate, Figures, Options, aggregate};
+use crate::aggregate::{Aggregate, Figures, Options};
 use crate::client::{Client, Counters, Credential};
 use crate::discovery::ResourceType;
 use crate::ir::PodView;
@@ -119,6 +119,8 @@ pub struct Adapter {
     streams: BTreeMap<String, Stream>,
     restored: BTreeMap<String, (LocalPod, PodView)>,
     published: Option<(u64, Arc<Snapshot>)>,
+    /// The last aggregate, whose names the next one keeps.
+    last: Arc<Aggregate>,
     /// Until when the first aggregate waits for these.
     first: Option<(Instant, BTreeSet<String>)>,
     board: watch::Sender<BTreeMap<String, Report>>,
@@ -152,6 +154,7 @@ impl Adapter {
                 .map(|(pod, view)| (pod.key(), (pod, view)))
                 .collect(),
             published: None,
+            last: Arc::default(),
             first: None,
             board: watch::Sender::default(),
             shown: watch::Sender::default(),
@@ -295,8 +298,9 @@ impl Adapter {
         }
         let views = self.governor.views();
         let options = self.parts.options;
-        let made = match tokio::task::spawn_blocking(move || aggregate(&views, &options)).await {
-            Ok(made) => made,
+        let last = Arc::clone(&self.last);
+        let made = match tokio::task::spawn_blocking(move || last.next(&views, &options)).await {
+            Ok(made) => Arc::new(made),
             Err(error) => {
                 tracing::error!(%error, "aggregation failed; the last good configuration stays");
                 return;
@@ -315,6 +319,7 @@ impl Adapter {
         }
         let generation = self.published.as_ref().map_or(0, |(generation, _)| *generation);
         self.governor.published(generation, &made);
+        self.last = made;
         tracing::info!(
             generation,
             changed = !same,

@@ -1,4 +1,4 @@
-//! Many pods' configurations as one shared proxy's. Pure: same pods, same resources, to the byte.
+//! Many pods' configurations as one shared proxy's. Pure: same pods after the same aggregate, same resources, to the byte.
 //!
 //! ```text
 //! endpoints ─► clusters ─► routes ─► chains ─► programs     what is equal is one (by content), what differs gets a name of its own
@@ -31,7 +31,6 @@ use crate::discovery::ResourceType;
 use crate::ir::{Pod, PodView};
 use crate::snapshot::Snapshot;
 use crate::translate::Note;
-use names::{Census, Variant};
 
 /// Name of the listener for what leaves pods.
 pub const OUTBOUND: &str = "outbound";
@@ -93,6 +92,7 @@ pub struct Aggregate {
     pub users: Users,
     /// How much was shared.
     pub figures: Figures,
+    names: program::Names,
 }
 
 /// Pods by what they use under its final name: clusters, endpoints, routes, and under [`ResourceType::Listener`] the chains of both
@@ -112,14 +112,25 @@ pub struct Figures {
     pub resources_out: usize,
 }
 
-/// Makes one configuration of many.
+/// Makes one configuration of many, the first one.
 pub fn aggregate(views: &[PodView], options: &Options) -> Aggregate {
+    Aggregate::default().next(views, options)
+}
+
+impl Aggregate {
+    /// The configuration that follows this one: what is still there keeps its name.
+    pub fn next(&self, views: &[PodView], options: &Options) -> Self {
+        made(views, options, &self.names)
+    }
+}
+
+fn made(views: &[PodView], options: &Options, before: &program::Names) -> Aggregate {
     let mut views: Vec<&PodView> = views.iter().collect();
     views.sort_by_key(|view| view.pod.key());
     let mut closed = Vec::new();
     let complete = governed(&views, &mut closed);
     let mut programs = Vec::new();
-    let mut shared = program::Shared::new(&complete);
+    let mut shared = program::Shared::new(&complete, before);
     for view in &complete {
         match shared.program(view) {
             Ok(program) => programs.push(program),
@@ -147,6 +158,7 @@ pub fn aggregate(views: &[PodView], options: &Options) -> Aggregate {
         notes,
         users: shared.users,
         figures,
+        names: shared.names,
     }
 }
 

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::names::{Census, Settled, Variant};
 use super::tree::{self, Tree, TreeError};
-use super::{Census, Interned, Users, Variant};
+use super::{Interned, Users};
 use crate::discovery::ResourceType;
 use crate::ir::{Content, FilterChain, Hash, Identity, Listener, Pod, PodView};
 use crate::translate::{Note, Renames, renamed};
@@ -43,23 +44,32 @@ pub(super) struct Shared {
     pub(super) inbound: BTreeMap<String, SharedChain>,
     pub(super) notes: Vec<Note>,
     pub(super) users: Users,
+    pub(super) names: Names,
     /// Per pod: what its own names became.
     renames: HashMap<String, Renames>,
     /// Content and renames met before.
     cache: HashMap<(Hash, Vec<(String, String)>), Content>,
 }
 
+/// Who has which name, for the next time.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Names {
+    endpoints: Settled,
+    clusters: Settled,
+    routes: Settled,
+}
+
 impl Shared {
-    /// Interns endpoints, clusters and routes of these pods.
-    pub(super) fn new(views: &[&PodView]) -> Self {
+    /// Interns endpoints, clusters and routes of these pods; what had a name in `before` keeps it.
+    pub(super) fn new(views: &[&PodView], before: &Names) -> Self {
         let mut shared = Self::default();
-        let endpoints = shared.intern_endpoints(views);
-        let clusters = shared.intern_clusters(views, &endpoints);
-        shared.intern_routes(views, &clusters);
+        let endpoints = shared.intern_endpoints(views, &before.endpoints);
+        let clusters = shared.intern_clusters(views, &endpoints, &before.clusters);
+        shared.intern_routes(views, &clusters, &before.routes);
         shared
     }
 
-    fn intern_endpoints(&mut self, views: &[&PodView]) -> Names {
+    fn intern_endpoints(&mut self, views: &[&PodView], before: &Settled) -> PodNames {
         let mut census = Census::default();
         let variant = |content: &Content| Variant {
             hash: content.body.hash,
@@ -70,11 +80,11 @@ impl Shared {
                 census.add(&assignment.name, variant(&assignment.content));
             }
         }
-        let settled = census.settle();
-        let mut names = Names::new();
+        let settled = census.settle(before);
+        let mut names = PodNames::new();
         for view in views {
             for assignment in view.endpoints.values() {
-                let new = settled[&(assignment.name.clone(), variant(&assignment.content))].clone();
+                let new = settled.name(&assignment.name, &variant(&assignment.content));
                 names.insert((view.pod.key(), assignment.name.clone()), new.clone());
                 self.uses(ResourceType::Endpoints, &new, &view.pod.key());
                 self.endpoints
@@ -82,14 +92,16 @@ impl Shared {
                     .or_insert_with(|| Arc::new(assignment.content.clone()));
             }
         }
+        self.names.endpoints = settled;
         names
     }
 
-    fn intern_clusters(&mut self, views: &[&PodView], endpoints: &Names) -> Names {
+    fn intern_clusters(&mut self, views: &[&PodView], endpoints: &PodNames, before: &Settled) -> PodNames {
         let mut census = Census::default();
         let mut found = Vec::new();
         for view in views {
             let pod = view.pod.key();
+            let inbound = inbound_clusters(view);
             for cluster in view.clusters.values() {
                 let service = cluster
                     .endpoints
@@ -99,16 +111,18 @@ impl Shared {
                 key.extend_from_slice(service.as_deref().unwrap_or_default().as_bytes());
                 let variant = Variant {
                     hash: Hash::of(&key),
-                    owner: cluster.stateful.then(|| pod.clone()),
+                    // Inbound chains have their routes in them: a kept connection of a chain that was changed still asks for the cluster
+                    // by this name.
+                    owner: (cluster.stateful || inbound.contains(&cluster.name)).then(|| pod.clone()),
                 };
                 census.add(&cluster.name, variant.clone());
                 found.push((pod.clone(), cluster, service, variant));
             }
         }
-        let settled = census.settle();
-        let mut names = Names::new();
+        let settled = census.settle(before);
+        let mut names = PodNames::new();
         for (pod, cluster, endpoints, variant) in found {
-            let new = settled[&(cluster.name.clone(), variant)].clone();
+            let new = settled.name(&cluster.name, &variant);
             self.uses(ResourceType::Cluster, &new, &pod);
             names.insert((pod, cluster.name.clone()), new.clone());
             self.clusters.entry(new).or_insert_with(|| SharedCluster {
@@ -116,10 +130,11 @@ impl Shared {
                 endpoints,
             });
         }
+        self.names.clusters = settled;
         names
     }
 
-    fn intern_routes(&mut self, views: &[&PodView], clusters: &Names) {
+    fn intern_routes(&mut self, views: &[&PodView], clusters: &PodNames, before: &Settled) {
         let mut census = Census::default();
         let mut found = Vec::new();
         for view in views {
@@ -137,19 +152,20 @@ impl Shared {
             renames.routes = BTreeMap::new();
             self.renames.insert(pod, renames);
         }
-        let settled = census.settle();
+        let settled = census.settle(before);
         for (pod, name, content, variant) in found {
-            let new = settled[&(name.clone(), variant)].clone();
+            let new = settled.name(&name, &variant);
             self.uses(ResourceType::Route, &new, &pod);
             if let Some(renames) = self.renames.get_mut(&pod) {
                 renames.routes.insert(name, new.clone());
             }
             self.routes.entry(new).or_insert_with(|| Arc::new(content));
         }
+        self.names.routes = settled;
     }
 
     /// New names of a pod's clusters, and of those it speaks of but does not have: another pod may have one of that name.
-    fn cluster_renames(&mut self, view: &PodView, clusters: &Names) -> Renames {
+    fn cluster_renames(&mut self, view: &PodView, clusters: &PodNames) -> Renames {
         let pod = view.pod.key();
         let mut renames = Renames::default();
         for name in view.clusters.keys() {
@@ -242,8 +258,20 @@ impl Shared {
     }
 }
 
+/// Clusters that only a pod's inbound listeners lead to.
+fn inbound_clusters(view: &PodView) -> BTreeSet<String> {
+    let of = |inbound: bool| {
+        let listeners = view.listeners.values();
+        listeners
+            .filter(move |listener| (listener.role == crate::ir::Role::Inbound) == inbound)
+            .flat_map(|listener| listener.references().clusters)
+    };
+    let outbound: BTreeSet<String> = of(false).collect();
+    of(true).filter(|name| !outbound.contains(name)).collect()
+}
+
 /// Final names by pod and own name.
-type Names = HashMap<(String, String), String>;
+type PodNames = HashMap<(String, String), String>;
 
 /// Chains by listener and place (`None`: the default chain), with their final names.
 type Placed = BTreeMap<(String, Option<usize>), (String, SharedChain)>;

@@ -171,6 +171,38 @@ fn a_pod_that_comes_changes_no_other_pods_chains() {
 }
 
 #[test]
+fn pods_that_come_and_go_leave_others_clusters_and_chains_as_they_are() {
+    let all = views();
+    let orders: [&[usize]; 6] = [&[0, 1], &[0, 1, 2], &[1, 2], &[0, 1, 2], &[0, 2], &[0]];
+    let mut before = Aggregate::default();
+    for order in orders {
+        let present: Vec<PodView> = order.iter().map(|index| all[*index].clone()).collect();
+        let after = before.next(&present, &OPTIONS);
+        for ((kind, name), users) in &before.users {
+            let stays = |pod: &String| present.iter().any(|view| view.pod.key() == *pod);
+            if *kind == ResourceType::Listener || !users.iter().any(stays) {
+                continue;
+            }
+            let content = |made: &Aggregate| made.snapshot.get(*kind, name).map(|p| p.version.clone());
+            assert_eq!(content(&before), content(&after), "{kind} {name}");
+        }
+        before = after;
+    }
+}
+
+#[test]
+fn inbound_clusters_carry_their_pods_name() {
+    let made = aggregate(&views(), &OPTIONS);
+    for view in views() {
+        let name = format!("inbound|8080||@{}", view.pod.key());
+        assert!(
+            made.snapshot.get(ResourceType::Cluster, &name).is_some(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn no_whole_program_no_way_through() {
     let mut all = views();
     all[0].routes.clear();
