@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use ipnet::IpNet;
 use prost::Message;
 use serde::Serialize;
 
@@ -166,6 +167,14 @@ fn peer(resource: &Resource) -> Result<Peer, String> {
             ));
         }
     }
+    for prefix in &peer.pod_cidrs {
+        if prefix.parse::<IpNet>().is_err() {
+            return Err(format!(
+                "peer {:?}: pod_cidrs: {prefix:?} is no prefix",
+                resource.name
+            ));
+        }
+    }
     Ok(peer)
 }
 
@@ -179,6 +188,7 @@ struct File<'a> {
 struct FileNode<'a> {
     name: &'a str,
     vtep: &'a str,
+    prefixes: &'a [String],
     pods: Vec<FilePod<'a>>,
 }
 
@@ -188,7 +198,8 @@ struct FilePod<'a> {
     addresses: [&'a str; 1],
 }
 
-/// Nodes without a tunnel endpoint cannot be reached, and are left out. A pod goes by its address here: the controller tells no more.
+/// Nodes without a tunnel endpoint cannot be reached, and are left out. A pod goes by its address here: the controller tells no more. Pods
+/// that did not opt in are reached by their node's prefixes.
 fn file(peers: &BTreeMap<String, Peer>) -> File<'_> {
     let mut nodes = Vec::new();
     for peer in peers.values().filter(|peer| !peer.tunnel_endpoint.is_empty()) {
@@ -202,6 +213,7 @@ fn file(peers: &BTreeMap<String, Peer>) -> File<'_> {
         nodes.push(FileNode {
             name: &peer.node,
             vtep: &peer.tunnel_endpoint,
+            prefixes: &peer.pod_cidrs,
             pods,
         });
     }
@@ -288,7 +300,11 @@ mod tests {
             node: node.into(),
             tunnel_endpoint: tunnel.into(),
             addresses: vec![address.into()],
-            pod_cidrs: vec![],
+            pod_cidrs: vec!["10.244.2.0/24".into()],
+        };
+        let unlike = Peer {
+            pod_cidrs: vec!["10.244.5.0".into()],
+            ..peer("node-5", "192.0.2.5", "10.244.5.2")
         };
         let resources = vec![
             resource(
@@ -298,15 +314,20 @@ mod tests {
             ),
             resource(ResourceType::Peer, "node-3", &peer("node-3", "", "10.244.3.2")),
             resource(ResourceType::Peer, "node-4", &peer("node-4", "192.0.2.4", "ten")),
+            resource(ResourceType::Peer, "node-5", &unlike),
         ];
         let applied = word.apply(update(ResourceType::Peer, resources)).await;
         assert_eq!(
             applied.rejected[0].reason,
             "peer \"node-4\": addresses: \"ten\" is no address"
         );
+        assert_eq!(
+            applied.rejected[1].reason,
+            "peer \"node-5\": pod_cidrs: \"10.244.5.0\" is no prefix"
+        );
         let written: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         let expected = serde_json::json!({"nodes": [{"name": "node-2", "vtep": "192.0.2.2",
-            "pods": [{"name": "10.244.2.2", "addresses": ["10.244.2.2"]}]}]});
+            "prefixes": ["10.244.2.0/24"], "pods": [{"name": "10.244.2.2", "addresses": ["10.244.2.2"]}]}]});
         assert_eq!(written, expected);
     }
 }

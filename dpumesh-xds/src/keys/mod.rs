@@ -31,7 +31,7 @@ use tokio::task::AbortHandle;
 pub(crate) use relay::{
     CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, ROOTS, SERVICE, create,
 };
-pub use relay::{IstioRelay, Relay, RelayError};
+pub use relay::{IstioRelay, Relay, RelayError, TokenRelay};
 
 use crate::client::full_jitter;
 use crate::ir::Identity;

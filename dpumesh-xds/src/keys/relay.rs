@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use prost_types::{Struct, Value, value};
 use tonic::client::Grpc;
 use tonic::transport::Channel;
 
+use crate::client::bearer;
 use crate::ir::Identity;
 
 /// Name of the gRPC service.
@@ -121,6 +123,39 @@ impl Relay for IstioRelay {
     async fn roots(&self, trust_domain: &str) -> Result<Vec<String>, RelayError> {
         let request = CertificateRequest::naming(&format!("{ROOTS}{trust_domain}"), "");
         create(self.channel.clone(), tonic::Request::new(request))
+            .await
+            .map(|response| response.cert_chain)
+            .map_err(|status| RelayError(format!("{:?}: {}", status.code(), status.message())))
+    }
+}
+
+/// A [`Relay`] to istiod's CA for one workload, which shows its own token: what the agent of an ordinary sidecar does.
+#[derive(Debug, Clone)]
+pub struct TokenRelay {
+    channel: Channel,
+    token: PathBuf,
+}
+
+impl TokenRelay {
+    /// Over this connection to istiod. The file is read anew for each request: tokens rotate.
+    pub fn new(channel: Channel, token: PathBuf) -> Self {
+        Self { channel, token }
+    }
+}
+
+#[async_trait]
+impl Relay for TokenRelay {
+    async fn sign(&self, _: &Identity, csr_pem: &str) -> Result<Vec<String>, RelayError> {
+        let token = tokio::fs::read_to_string(&self.token).await;
+        let token = token.map_err(|error| RelayError(format!("{}: {error}", self.token.display())))?;
+        // Whose certificate it is follows from the token.
+        let mut request = tonic::Request::new(CertificateRequest {
+            csr: csr_pem.to_owned(),
+            ..CertificateRequest::default()
+        });
+        let bearer = bearer(&token).map_err(|reason| RelayError(reason.to_owned()))?;
+        request.metadata_mut().insert("authorization", bearer);
+        create(self.channel.clone(), request)
             .await
             .map(|response| response.cert_chain)
             .map_err(|status| RelayError(format!("{:?}: {}", status.code(), status.message())))

@@ -4,6 +4,9 @@
 //! domain. A name is answered once there is something to answer with: until then Envoy holds the connections that need it. Of any other
 //! name a delta client is told that it is not there; the other protocol has no words for that.
 //!
+//! A service that is [of one workload](SdsService::of_workload) knows also the names that istiod gives an ordinary sidecar: `default` and
+//! `ROOTCA`.
+//!
 //! Whoever reaches this service gets private keys. [`crate::socket::bind`] makes a Unix socket that only its own user can open.
 
 use std::collections::BTreeSet;
@@ -44,13 +47,33 @@ const RESPONSES: usize = 8;
 /// The gRPC service, for `tonic::transport::Server::add_service`.
 #[derive(Debug, Clone)]
 pub struct SdsService {
+    source: Source,
+}
+
+/// Where secrets come from.
+#[derive(Debug, Clone)]
+struct Source {
     store: KeyStore,
+    /// Whose `default` and `ROOTCA` are.
+    own: Option<Identity>,
 }
 
 impl SdsService {
     /// Serves what `store` has and makes it have what is asked for.
     pub fn new(store: KeyStore) -> Self {
-        Self { store }
+        Self {
+            source: Source { store, own: None },
+        }
+    }
+
+    /// As [`Self::new`], for the sidecar of one workload: its chain and key are `default` as well, its trust domain's roots `ROOTCA`.
+    pub fn of_workload(store: KeyStore, own: Identity) -> Self {
+        Self {
+            source: Source {
+                store,
+                own: Some(own),
+            },
+        }
     }
 }
 
@@ -70,17 +93,17 @@ impl Service<http::Request<Body>> for SdsService {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let store = self.store.clone();
+        let source = self.source.clone();
         Box::pin(async move {
             Ok(match request.uri().path() {
                 STREAM => {
                     let codec = tonic_prost::ProstCodec::<DiscoveryResponse, DiscoveryRequest>::default();
-                    Grpc::new(codec).streaming(World(store), request).await
+                    Grpc::new(codec).streaming(World(source), request).await
                 }
                 DELTA => {
                     let codec =
                         tonic_prost::ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default();
-                    Grpc::new(codec).streaming(Delta(store), request).await
+                    Grpc::new(codec).streaming(Delta(source), request).await
                 }
                 _ => Status::unimplemented("only streams are served here").into_http(),
             })
@@ -111,7 +134,7 @@ trait Protocol: Send + 'static {
 
 /// State of the world: each request has all names.
 #[derive(Debug)]
-struct World(KeyStore);
+struct World(Source);
 
 impl Protocol for World {
     type Request = DiscoveryRequest;
@@ -139,7 +162,7 @@ impl Protocol for World {
 
 /// Delta: each request has what changes.
 #[derive(Debug)]
-struct Delta(KeyStore);
+struct Delta(Source);
 
 impl Protocol for Delta {
     type Request = DeltaDiscoveryRequest;
@@ -183,9 +206,9 @@ fn any(value: Vec<u8>) -> prost_types::Any {
 
 type Responses<P> = ReceiverStream<Result<<P as Protocol>::Response, Status>>;
 
-fn start<P: Protocol>(store: &KeyStore, requests: Streaming<P::Request>) -> Response<Responses<P>> {
+fn start<P: Protocol>(source: &Source, requests: Streaming<P::Request>) -> Response<Responses<P>> {
     let (sender, receiver) = mpsc::channel(RESPONSES);
-    tokio::spawn(run::<P>(store.clone(), requests, sender));
+    tokio::spawn(run::<P>(source.clone(), requests, sender));
     Response::new(ReceiverStream::new(receiver))
 }
 
@@ -215,7 +238,7 @@ impl StreamingService<DeltaDiscoveryRequest> for Delta {
 type Secrets = Pin<Box<dyn Stream<Item = Vec<u8>> + Send>>;
 
 async fn run<P: Protocol>(
-    store: KeyStore,
+    source: Source,
     mut requests: Streaming<P::Request>,
     responses: mpsc::Sender<Result<P::Response, Status>>,
 ) {
@@ -237,7 +260,7 @@ async fn run<P: Protocol>(
                 let mut absent = Vec::new();
                 for name in asked.come {
                     subscribed.insert(name.clone());
-                    match of(&store, &name) {
+                    match of(&source, &name) {
                         Some(stream) => drop(secrets.insert(name, stream)),
                         None => absent.push(name),
                     }
@@ -265,16 +288,20 @@ async fn run<P: Protocol>(
 }
 
 /// The secrets of a name; `None` if it is no name of any.
-fn of(store: &KeyStore, name: &str) -> Option<Secrets> {
-    if let Some(identity) = Identity::parse(name) {
-        let name = name.to_owned();
-        let encode = move |certified: Arc<Certified>| Secret::certificate(&name, &certified);
+fn of(source: &Source, name: &str) -> Option<Secrets> {
+    let Source { store, own } = source;
+    let own = own.as_ref();
+    let identity = Identity::parse(name).or_else(|| own.filter(|_| name == "default").cloned());
+    let shown = name.to_owned();
+    if let Some(identity) = identity {
+        let encode = move |certified: Arc<Certified>| Secret::certificate(&shown, &certified);
         let all = WatchStream::new(store.want(&identity));
         return Some(Box::pin(all.filter_map(move |one| one.map(&encode))));
     }
-    let trust_domain = name.strip_prefix("ROOTCA@").filter(|rest| !rest.is_empty())?;
-    let name = name.to_owned();
-    let encode = move |roots: Arc<Roots>| Secret::roots(&name, &roots);
+    let named = name.strip_prefix("ROOTCA@").filter(|rest| !rest.is_empty());
+    let ours = own.filter(|_| name == "ROOTCA");
+    let trust_domain = named.or_else(|| ours.map(|own| own.trust_domain.as_str()))?;
+    let encode = move |roots: Arc<Roots>| Secret::roots(&shown, &roots);
     let all = WatchStream::new(store.roots(trust_domain));
     Some(Box::pin(all.filter_map(move |one| one.map(&encode))))
 }

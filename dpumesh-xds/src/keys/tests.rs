@@ -237,10 +237,9 @@ fn a_renewal_is_due_at_half_of_the_lifetime() {
 }
 
 /// An SDS server on a Unix socket and a channel to it.
-async fn sds(store: &KeyStore, folder: &std::path::Path) -> tonic::transport::Channel {
+async fn sds(service: sds::SdsService, folder: &std::path::Path) -> tonic::transport::Channel {
     let path = folder.join("sds");
     let incoming = crate::socket::bind(&path).unwrap();
-    let service = sds::SdsService::new(store.clone());
     tokio::spawn(
         tonic::transport::Server::builder()
             .add_service(service)
@@ -257,12 +256,24 @@ const NAMES: [&str; 2] = ["spiffe://cluster.local/ns/shop/sa/front", "ROOTCA@clu
 
 #[tokio::test]
 async fn envoy_gets_keys_and_roots_state_of_the_world() {
-    let folder = tempfile::tempdir().unwrap();
     let store = KeyStore::new(Arc::new(Authority::new()));
-    let channel = sds(&store, folder.path()).await;
+    gets_keys_and_roots(sds::SdsService::new(store), NAMES).await;
+}
+
+#[tokio::test]
+async fn an_ordinary_sidecar_gets_them_by_the_names_istiod_gives_it() {
+    let store = KeyStore::new(Arc::new(Authority::new()));
+    let service = sds::SdsService::of_workload(store.clone(), identity("front"));
+    gets_keys_and_roots(service, ["default", "ROOTCA"]).await;
+    assert_eq!(store.status()[0].identity, NAMES[0]);
+}
+
+async fn gets_keys_and_roots(service: sds::SdsService, names: [&str; 2]) {
+    let folder = tempfile::tempdir().unwrap();
+    let channel = sds(service, folder.path()).await;
     let (requests, receiver) = mpsc::channel(4);
     let ask = DiscoveryRequest {
-        resource_names: NAMES.map(String::from).to_vec(),
+        resource_names: names.map(String::from).to_vec(),
         type_url: ResourceType::Secret.url().into(),
         ..DiscoveryRequest::default()
     };
@@ -291,7 +302,7 @@ async fn envoy_gets_keys_and_roots_state_of_the_world() {
         requests.send(ack).await.unwrap();
     }
     seen.sort_by(|a, b| b.name.cmp(&a.name));
-    assert_eq!(seen.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), NAMES);
+    assert_eq!(seen.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), names);
     let certificate = seen[0].tls_certificate.clone().unwrap();
     let text = |source: Option<sds::DataSource>| String::from_utf8(source.unwrap().inline_bytes).unwrap();
     assert!(text(certificate.private_key).starts_with("-----BEGIN PRIVATE KEY-----"));
@@ -304,7 +315,7 @@ async fn envoy_gets_keys_and_roots_state_of_the_world() {
 async fn a_delta_client_is_told_what_is_not_there() {
     let folder = tempfile::tempdir().unwrap();
     let store = KeyStore::new(Arc::new(Authority::new()));
-    let channel = sds(&store, folder.path()).await;
+    let channel = sds(sds::SdsService::new(store), folder.path()).await;
     let (requests, receiver) = mpsc::channel(4);
     let ask = |names: &[&str]| DeltaDiscoveryRequest {
         resource_names_subscribe: names.iter().map(|n| (*n).to_owned()).collect(),
@@ -312,7 +323,7 @@ async fn a_delta_client_is_told_what_is_not_there() {
         ..DeltaDiscoveryRequest::default()
     };
     requests
-        .send(ask(&["dpumesh-no-identity", "ROOTCA@"]))
+        .send(ask(&["dpumesh-no-identity", "ROOTCA@", "default", "ROOTCA"]))
         .await
         .unwrap();
     let mut grpc = Grpc::new(channel);
@@ -326,7 +337,10 @@ async fn a_delta_client_is_told_what_is_not_there() {
         .unwrap()
         .into_inner();
     let absent = responses.message().await.unwrap().unwrap();
-    assert_eq!(absent.removed_resources, ["dpumesh-no-identity", "ROOTCA@"]);
+    assert_eq!(
+        absent.removed_resources,
+        ["dpumesh-no-identity", "ROOTCA@", "default", "ROOTCA"]
+    );
     requests.send(ask(&NAMES[..1])).await.unwrap();
     let there = responses.message().await.unwrap().unwrap();
     assert_eq!(there.resources[0].name, NAMES[0]);
