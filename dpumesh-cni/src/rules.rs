@@ -10,7 +10,7 @@
 //! | a pod | TCP | to the proxy, always |
 //! | a pod | UDP to port 53 and 7, ICMP | to the pod it is for, without the proxy |
 //! | a pod | anything else | nowhere: dropped, counted by rule |
-//! | the proxy | IP | to the pod it is for, here or through the network |
+//! | the proxy | IP | to the pod it is for, here or through the network; else to the node whose prefix it is of |
 //! | the network | TCP to a local pod | to the proxy |
 //! | the network | UDP to port 53 and 7, ICMP | to the local pod it is for |
 //! | the network | anything else | nowhere: a node is no router between others |
@@ -22,6 +22,7 @@ use dpumesh_core::steering::{
     SteeringRule, TunnelKind,
 };
 use dpumesh_core::{MacAddr, PortRef, Vni};
+use ipnet::IpNet;
 
 /// A pod as every node knows it.
 ///
@@ -55,6 +56,15 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
 }
 
+/// Addresses that another node gives its pods: they are reached there, whether or not anybody has told of each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// Which node: an index into [`Network`]'s lists.
+    pub node: usize,
+    /// The addresses.
+    pub net: IpNet,
+}
+
 /// How packets get from node to node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
@@ -72,7 +82,7 @@ pub enum Network {
     },
 }
 
-/// MAC of the router that every pod sees.
+/// MAC of the router that every pod sees, and that frames in the tunnel between nodes are for.
 pub const GATEWAY: MacAddr = MacAddr([0x02, 0xd7, 0, 0, 0, 0xfe]);
 
 /// UDP ports that pods may reach without the proxy: echo and DNS.
@@ -81,7 +91,7 @@ pub const UDP_PORTS: [u16; 2] = [7, 53];
 /// What must reach the proxy, what comes from it, what comes from the network for a local pod, and the way out of the
 /// tunnel.
 const INTERCEPT: u32 = 0;
-/// Everything else that comes from the network.
+/// Everything else that comes from the network, and what the proxy sends to addresses that only a prefix names.
 const FROM_NETWORK: u32 = 1;
 /// What pods send each other without the proxy.
 const BETWEEN_PODS: u32 = 2;
@@ -141,6 +151,31 @@ pub fn rules(here: usize, pods: &[Pod], network: &Network) -> Vec<SteeringRule> 
         } else {
             rules.remote(pod);
         }
+    }
+    rules.all
+}
+
+/// The rules of node `here` for what goes to addresses of other nodes that no [`Pod`] names. A pod's own rules come first for what the proxy
+/// sends.
+///
+/// No pod of another node than the prefix's may have an address in it, and no two prefixes of different nodes may overlap: rules of
+/// one priority would contradict each other.
+///
+/// # Panics
+/// As [`rules`].
+pub fn rules_to_prefixes(here: usize, prefixes: &[Prefix], network: &Network) -> Vec<SteeringRule> {
+    let mut rules = Rules {
+        here,
+        network,
+        all: Vec::new(),
+    };
+    for prefix in prefixes.iter().filter(|prefix| prefix.node != here) {
+        rules.toward(
+            prefix.net.trunc().into(),
+            prefix.net.addr(),
+            prefix.node,
+            FROM_NETWORK,
+        );
     }
     rules.all
 }
@@ -257,14 +292,23 @@ impl Rules<'_> {
 
     fn remote(&mut self, pod: &Pod) {
         for address in &pod.addresses {
-            let send = self.to_node(pod.node);
-            let proxied = Pattern {
-                port: Some(STACK),
-                ..to(*address)
-            };
-            self.add(Group::default(), INTERCEPT, proxied, send.clone());
-            self.without_proxy(Group::default(), BETWEEN_PODS, &to(*address), *address, &send);
+            self.toward((*address).into(), *address, pod.node, INTERCEPT);
         }
+    }
+
+    /// To another node: what the proxy sends, at this priority, and what pods send without it.
+    fn toward(&mut self, destination: IpMatch, family: IpAddr, node: usize, proxied_at: u32) {
+        let send = self.to_node(node);
+        let all = Pattern {
+            ip_dst: Some(destination),
+            ..Pattern::default()
+        };
+        let proxied = Pattern {
+            port: Some(STACK),
+            ..all.clone()
+        };
+        self.add(Group::default(), proxied_at, proxied, send.clone());
+        self.without_proxy(Group::default(), BETWEEN_PODS, &all, family, &send);
     }
 
     /// UDP to the open ports, and ICMP.
@@ -339,7 +383,7 @@ impl Rules<'_> {
                 };
                 vec![
                     Action::Count,
-                    Action::Rewrite(RewriteField::EthSrc(GATEWAY)),
+                    Action::Rewrite(RewriteField::EthSrc(tunnel_mac(vteps[self.here]))),
                     Action::Encapsulate(outer),
                     Action::Forward(UPLINK),
                 ]
@@ -352,6 +396,20 @@ impl Rules<'_> {
             ],
         }
     }
+}
+
+/// MAC by which a node's frames in the tunnel are known: its endpoint's last four octets. They are for [`GATEWAY`], and must not be from it:
+/// a Linux VXLAN device that has this MAC, as a node without a DPU needs, drops what seems to come from itself.
+fn tunnel_mac(vtep: IpAddr) -> MacAddr {
+    let last = match vtep {
+        IpAddr::V4(v4) => v4.octets(),
+        IpAddr::V6(v6) => {
+            let [.., a, b, c, d] = v6.octets();
+            [a, b, c, d]
+        }
+    };
+    let [a, b, c, d] = last;
+    MacAddr([0x02, 0xd7, a, b, c, d])
 }
 
 fn from(port: PortRef) -> Pattern {
@@ -410,6 +468,59 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_prefix_leads_to_its_node_behind_the_pods_that_are_named() {
+        let network = Network::Overlay {
+            vteps: ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+                .map(|vtep| vtep.parse().expect("address"))
+                .to_vec(),
+            vni: Vni::try_from(42).expect("24 bits"),
+        };
+        let prefix = |node, net: &str| Prefix {
+            node,
+            net: net.parse().expect("a prefix"),
+        };
+        let prefixes = [
+            prefix(0, "10.244.1.0/24"),
+            prefix(1, "10.244.2.0/24"),
+            prefix(2, "10.244.3.9/24"),
+            prefix(2, "fd00:244:3::/64"),
+        ];
+        let named = rules(0, &pods(), &network);
+        let all = rules_to_prefixes(0, &prefixes, &network);
+        assert!(
+            all.iter().all(|rule| rule.check().is_ok()),
+            "host bits are cut off"
+        );
+        assert_eq!(all.len(), 3 * 6, "none to ourselves");
+        let cookies: HashSet<_> = named.iter().chain(&all).map(|rule| rule.cookie).collect();
+        assert_eq!(cookies.len(), named.len() + all.len());
+        let from_proxy = |rule: &&SteeringRule| rule.pattern.port == Some(STACK);
+        let first = named.iter().filter(from_proxy).map(|rule| rule.priority).max();
+        assert!(
+            all.iter()
+                .filter(from_proxy)
+                .all(|rule| Some(rule.priority) > first)
+        );
+        let remote = |rule: &SteeringRule| {
+            rule.actions.iter().find_map(|action| match action {
+                Action::Encapsulate(outer) => Some(outer.remote.to_string()),
+                _ => None,
+            })
+        };
+        let source = Action::Rewrite(RewriteField::EthSrc("02:d7:c0:00:02:01".parse().expect("a MAC")));
+        assert!(
+            all.iter().all(|rule| rule.actions.contains(&source)),
+            "never the gateway's own"
+        );
+        assert_eq!(remote(&all[0]).as_deref(), Some("192.0.2.2"));
+        assert!(
+            all[6..]
+                .iter()
+                .all(|rule| remote(rule).as_deref() == Some("192.0.2.3"))
+        );
     }
 
     #[test]

@@ -585,8 +585,9 @@ impl Node {
             }
         }
         let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let (network, pods) = peers.network(&self.options.network, &local);
+        let (network, pods, prefixes) = peers.network(&self.options.network, &local);
         target.ruled.extend(pods.into_iter().map(|pod| (None, pod)));
+        target.prefixes = prefixes;
         target.network = Some(network);
         target
     }

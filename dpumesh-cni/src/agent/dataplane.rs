@@ -14,7 +14,7 @@ use dpumesh_hw::channel::trust::Credentials;
 use dpumesh_hw::channel::{Attachment, Dataplane, DataplaneClient};
 
 use super::Node;
-use crate::rules::{GATEWAY, Network, Pod, rules};
+use crate::rules::{GATEWAY, Network, Pod, Prefix, rules, rules_to_prefixes};
 use crate::talk::AttachmentKey;
 
 /// How often the dataplane is asked whether it is there and the same.
@@ -61,6 +61,8 @@ pub(super) struct Target {
     pub(super) open: Vec<(AttachmentKey, Attachment)>,
     /// Pods that have rules: governed ones here, whose port must be open, and those of other nodes.
     pub(super) ruled: Vec<(Option<AttachmentKey>, Pod)>,
+    /// Addresses of other nodes that no pod names.
+    pub(super) prefixes: Vec<Prefix>,
     /// The way between nodes.
     pub(super) network: Option<Network>,
 }
@@ -163,10 +165,11 @@ impl Link {
             |key: &Option<AttachmentKey>| key.as_ref().is_none_or(|key| !unopened.contains_key(key));
         let ruled = target.ruled.iter().filter(|(key, _)| is_open(key));
         let pods: Vec<Pod> = ruled.map(|(_, pod)| pod.clone()).collect();
-        let rules = target
-            .network
-            .as_ref()
-            .map_or_else(Vec::new, |network| rules(0, &pods, network));
+        let rules = target.network.as_ref().map_or_else(Vec::new, |network| {
+            let mut all = rules(0, &pods, network);
+            all.extend(rules_to_prefixes(0, &target.prefixes, network));
+            all
+        });
         let steering = client.steering();
         let replaced = steering
             .replace(fence, Owner::Agent, rules, Atomicity::Rollback)

@@ -1,9 +1,12 @@
 //! [`Peers`]: pods of other nodes and the way to them, from a file.
 //!
 //! ```json
-//! { "nodes": [ { "name": "node-2", "vtep": "192.0.2.2",
+//! { "nodes": [ { "name": "node-2", "vtep": "192.0.2.2", "prefixes": ["10.244.2.0/24"],
 //!                "pods": [ { "name": "shop/db", "addresses": ["10.244.2.2", "fd00:244:2::2"] } ] } ] }
 //! ```
+//! `prefixes` are what the node gives its pods addresses from: pods that nobody names, such as those of a node without a DPU, are reached by
+//! them. A prefix in which somebody else has an address is left out, with a warning.
+//!
 //! In an overlay a node is reached at its tunnel endpoint (`vtep`), in an underlay by the MAC of its uplink (`mac`). The file is
 //! read again when it changes and on SIGHUP; one that is wrong changes nothing.
 
@@ -16,11 +19,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dpumesh_core::{MacAddr, PortRef, Vni};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Node;
-use crate::rules::{Network, Pod};
+use crate::rules::{Network, Pod, Prefix};
 
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -62,6 +66,9 @@ pub struct PeerNode {
     /// MAC of its uplink, in an underlay.
     #[serde(default)]
     pub mac: Option<MacAddr>,
+    /// What it gives its pods addresses from.
+    #[serde(default)]
+    pub prefixes: Vec<IpNet>,
     /// Its pods.
     #[serde(default)]
     pub pods: Vec<PeerPod>,
@@ -134,10 +141,10 @@ impl Peers {
         Ok(())
     }
 
-    /// The network of all nodes, this one being number 0, and the pods of the others.
+    /// The network of all nodes, this one being number 0, the pods of the others, and their prefixes.
     ///
     /// An address that a local pod has is left out: who sends from a local port is known better than what a file says.
-    pub(super) fn network(&self, local: &LocalNetwork, taken: &[IpAddr]) -> (Network, Vec<Pod>) {
+    pub(super) fn network(&self, local: &LocalNetwork, taken: &[IpAddr]) -> (Network, Vec<Pod>, Vec<Prefix>) {
         let reached: Vec<&PeerNode>;
         let network = match *local {
             LocalNetwork::Overlay { vtep, vni } => {
@@ -162,7 +169,7 @@ impl Peers {
             }
         };
         let mut pods = Vec::new();
-        for (node, peer) in (1..).zip(reached) {
+        for (node, peer) in (1..).zip(&reached) {
             for pod in &peer.pods {
                 let addresses = pod.addresses.iter().filter(|address| !taken.contains(address));
                 pods.push(Pod {
@@ -174,7 +181,34 @@ impl Peers {
                 });
             }
         }
-        (network, pods)
+        let prefixes = self.prefixes(&reached, taken);
+        (network, pods, prefixes)
+    }
+
+    /// Prefixes of the nodes, numbered from 1, in which nobody else has an address.
+    fn prefixes(&self, nodes: &[&PeerNode], taken: &[IpAddr]) -> Vec<Prefix> {
+        let mut prefixes = Vec::new();
+        for (number, node) in (1..).zip(nodes) {
+            for net in &node.prefixes {
+                let others = self.nodes.iter().filter(|other| other.name != node.name);
+                let mut theirs = others.clone().flat_map(|other| &other.pods);
+                let inside = |address: &IpAddr| net.contains(address);
+                let claimed = taken.iter().any(inside)
+                    || theirs.any(|pod| pod.addresses.iter().any(inside))
+                    || others
+                        .flat_map(|other| &other.prefixes)
+                        .any(|other| other.contains(net) || net.contains(other));
+                if claimed {
+                    tracing::warn!(node = node.name, %net, "left out: somebody else has addresses in this prefix");
+                } else {
+                    prefixes.push(Prefix {
+                        node: number,
+                        net: *net,
+                    });
+                }
+            }
+        }
+        prefixes
     }
 }
 
@@ -236,7 +270,7 @@ mod tests {
     #[test]
     fn nodes_are_numbered_behind_this_one() {
         let peers = read(TWO, &overlay()).expect("taken");
-        let (network, pods) = peers.network(&overlay(), &["10.1.0.3".parse().expect("an address")]);
+        let (network, pods, _) = peers.network(&overlay(), &["10.1.0.3".parse().expect("an address")]);
         let Network::Overlay { vteps, .. } = network else {
             panic!("an overlay");
         };
@@ -247,6 +281,37 @@ mod tests {
             (2, 0),
             "a local pod has it"
         );
+    }
+
+    #[test]
+    fn a_prefix_in_which_somebody_else_has_an_address_is_left_out() {
+        let json = |prefixes: [&str; 2]| {
+            let [two, three] = prefixes;
+            format!(
+                r#"{{"nodes":[{{"name":"n2","vtep":"192.0.2.2","prefixes":["{two}"],"pods":[{{"name":"b","addresses":["10.2.0.2"]}}]}},
+                {{"name":"n3","vtep":"192.0.2.3","prefixes":["{three}"]}}]}}"#
+            )
+        };
+        let taken: IpAddr = "10.1.0.9".parse().expect("an address");
+        for (prefixes, expected) in [
+            (
+                ["10.2.0.0/24", "10.3.0.0/24"],
+                vec![(1, "10.2.0.0/24"), (2, "10.3.0.0/24")],
+            ),
+            (["10.1.0.0/24", "10.3.0.0/24"], vec![(2, "10.3.0.0/24")]),
+            (["10.4.0.0/24", "10.2.0.0/24"], vec![(1, "10.4.0.0/24")]),
+            (["10.2.0.0/24", "10.2.0.0/16"], vec![]),
+        ] {
+            let peers = read(&json(prefixes), &overlay()).expect("taken");
+            let (_, _, reached) = peers.network(&overlay(), &[taken]);
+            let reached: Vec<_> = reached.iter().map(|p| (p.node, p.net.to_string())).collect();
+            let expected: Vec<_> = expected
+                .into_iter()
+                .map(|(node, net)| (node, net.to_owned()))
+                .collect();
+            assert_eq!(reached, expected, "{prefixes:?}");
+        }
+        read(&json(["10.2.0.0/33", "10.3.0.0/24"]), &overlay()).expect_err("no prefix");
     }
 
     #[test]
