@@ -384,6 +384,7 @@ impl Rules<'_> {
                 vec![
                     Action::Count,
                     Action::Rewrite(RewriteField::EthSrc(tunnel_mac(vteps[self.here]))),
+                    Action::Rewrite(RewriteField::EthDst(GATEWAY)),
                     Action::Encapsulate(outer),
                     Action::Forward(UPLINK),
                 ]

@@ -90,7 +90,7 @@ pub(crate) fn shared(sources: &Sources<'_>) -> Value {
 }
 
 /// A cluster that speaks HTTP/2.
-fn http2(name: &str, way: Way<'_>) -> Value {
+pub(crate) fn http2(name: &str, way: Way<'_>) -> Value {
     let address = match way {
         Way::Socket(path) => json!({"pipe": {"path": path}}),
         Way::Address(at) => {

@@ -12,7 +12,7 @@ use super::Result;
 use super::kubelet::{HTTP_PORT, NAMESPACE, PodSpec};
 use super::node::list;
 use super::scenarios::ensure;
-use super::world::{RATINGS, SERVICES, World};
+use super::world::{RATINGS, SERVICES, STOCK, World};
 
 /// Requests of one measurement.
 const REQUESTS: u64 = 5000;
@@ -55,6 +55,32 @@ pub(crate) fn measure(world: &World, report: &mut Report, progress: &Progress) -
     report
         .latency_us
         .set("across nodes, 8 connections", summary.latency_us);
+    if let Some(ordinary) = &world.nodes.ordinary {
+        progress.step("CPU for a request between two ordinary sidecars, mutual TLS");
+        let envoys = ordinary
+            .sidecars
+            .iter()
+            .map(|sidecar| (sidecar.pod.as_str(), sidecar.envoy.id()));
+        let ask = |count| world.get("orders-1", STOCK, count, &|options| options.connections = 8);
+        ask(500)?;
+        let meter = CpuMeter::start(envoys)?;
+        let beside = ask(REQUESTS)?;
+        let spent = meter.per_unit(REQUESTS)?;
+        ensure(beside.statuses.get(&200) == Some(&REQUESTS), || {
+            format!("{:?}", beside.statuses)
+        })?;
+        report.cpu_us_per_request.set(
+            "two ordinary sidecars on one node, 8 connections",
+            spent.iter().map(|(_, us)| us).sum(),
+        );
+        report
+            .latency_us
+            .set("between ordinary sidecars, 8 connections", beside.latency_us);
+        let sidecar = ordinary.sidecar("orders-1")?;
+        report
+            .rss_kib
+            .set(sidecar.envoy.name(), resident_kib(sidecar.envoy.id())?);
+    }
     let one = world.get("front-1", RATINGS, 1000, &|_| {})?;
     report
         .latency_us
@@ -70,8 +96,8 @@ pub(crate) fn measure(world: &World, report: &mut Report, progress: &Progress) -
     Ok(())
 }
 
-/// Memory of the first node's programs with one pod and with many, and many services. What stock Envoy holds for one pod is a sidecar's
-/// worth.
+/// Memory of the first node's programs with one pod and with many, and many services, beside an ordinary sidecar that knows the same services,
+/// and as many of those as there are pods. A sidecar is its Envoy here; Istio's agent beside it is not counted.
 pub(crate) fn scale(world: &mut World, report: &mut Report, progress: &Progress) -> Result<()> {
     let (services, pods) = SCALE;
     progress.step(&format!("memory: 1 pod and {services} services"));
@@ -111,5 +137,14 @@ fn remember(world: &World, report: &mut Report, what: &str) -> Result<()> {
         let name = format!("{}: {what}", process.name());
         report.rss_kib.set(&name, resident_kib(process.id())?);
     }
+    let Some(ordinary) = &world.nodes.ordinary else {
+        return Ok(());
+    };
+    let sidecar = resident_kib(ordinary.sidecar("orders-1")?.envoy.id())?;
+    let name = format!("one ordinary sidecar (Envoy alone): {what}");
+    report.rss_kib.set(&name, sidecar);
+    let (_, pods) = SCALE;
+    let name = format!("{pods} × {sidecar} KiB, as ordinary sidecars: {what}");
+    report.rss_kib.set(&name, sidecar * pods as u64);
     Ok(())
 }

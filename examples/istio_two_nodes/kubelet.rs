@@ -13,11 +13,15 @@ use serde_json::{Value, json};
 
 use super::Result;
 use super::peers::ControlPlane;
+use super::sidecar;
 
 /// Where delegated plugins are.
 const DELEGATED: &str = "/usr/lib/cni";
 /// Name of the pod's interface.
 const INTERFACE: &str = "eth0";
+
+/// Index of the node without a DPU.
+pub(crate) const ORDINARY: usize = 2;
 
 /// A pod as its user writes it.
 #[derive(Clone, Debug)]
@@ -45,12 +49,23 @@ impl PodSpec {
         }
     }
 
-    /// As a Kubernetes object: its user says one word about DPUs, the label that opts in.
+    /// Its labels. Its user says one word about DPUs, the label that opts in. That of a pod with a sidecar is what injection writes.
+    pub(crate) fn labels(&self) -> Value {
+        let mut labels = json!({"app": self.app, "version": self.version});
+        if self.node == ORDINARY {
+            labels["security.istio.io/tlsMode"] = "istio".into();
+            labels[sidecar::LABEL.0] = sidecar::LABEL.1.into();
+        } else {
+            labels["dpumesh.io/dataplane"] = "dpu".into();
+        }
+        labels
+    }
+
+    /// As a Kubernetes object.
     pub(crate) fn object(&self) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": self.name, "namespace": NAMESPACE, "labels": {
-                "app": self.app, "version": self.version, "dpumesh.io/dataplane": "dpu"}},
+            "metadata": {"name": self.name, "namespace": NAMESPACE, "labels": self.labels()},
             "spec": {
                 "nodeName": node_name(self.node), "serviceAccountName": self.app,
                 "containers": [{"name": "app", "image": "none", "ports": [{"containerPort": HTTP_PORT}]}]},
@@ -79,6 +94,19 @@ pub(crate) struct RunningPod {
     pub(crate) address: IpAddr,
     container: String,
     result: Value,
+}
+
+impl RunningPod {
+    /// One whose network our plugin has no part in.
+    pub(crate) fn without_plugin(spec: PodSpec, namespace: Namespace, address: IpAddr) -> Self {
+        Self {
+            spec,
+            namespace,
+            address,
+            container: String::new(),
+            result: Value::Null,
+        }
+    }
 }
 
 /// A node's kubelet.

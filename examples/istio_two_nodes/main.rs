@@ -13,19 +13,23 @@
 //! |---|---|
 //! | `peers` | the control plane that nobody here wrote |
 //! | `node` | namespaces, links, programs |
+//! | `ordinary`, `sidecar` | a machine without a DPU, and ordinary sidecars on it |
 //! | `kubelet` | pods: objects, CNI, addresses |
 //! | `envoy`, `relay` | stock Envoy as the proxy, and what it needs beside it |
 //! | `trust` | the certificates between our own programs |
-//! | `world`, `scenarios` | what has to be shown |
+//! | `world`, `scenarios`, `sidecars` | what has to be shown |
 //! | `figures` | what is measured |
 
 mod envoy;
 mod figures;
 mod kubelet;
 mod node;
+mod ordinary;
 mod peers;
 mod relay;
 mod scenarios;
+mod sidecar;
+mod sidecars;
 mod trust;
 mod world;
 
@@ -185,7 +189,10 @@ fn play(args: &Args) -> Result<ExitCode> {
     let mut world = World::new(nodes, &|step| progress.step(step))?;
     let mut report = Report::default();
     let chosen = |name: &str| args.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
-    for (name, scenario) in scenarios::ALL.iter().filter(|(name, _)| chosen(name)) {
+    let without = ordinary::missing();
+    let sidecars = if without.is_none() { sidecars::ALL } else { &[] };
+    let all = scenarios::ALL.iter().chain(sidecars);
+    for (name, scenario) in all.filter(|(name, _)| chosen(name)) {
         interrupt.check()?;
         world.playing = name;
         if !report.scenario(&progress, name, || scenario(&mut world)) {
@@ -205,6 +212,10 @@ fn play(args: &Args) -> Result<ExitCode> {
     }
     progress.finish();
     println!("{report}");
+    if let Some(reason) = &without {
+        let count = sidecars::ALL.len();
+        println!("skipped: {count} scenarios with ordinary sidecars, and figures beside them: {reason}");
+    }
     if let Some(file) = &args.json {
         report.write_json(file)?;
     }

@@ -5,9 +5,11 @@
 //!                      │                  │
 //!   istio-dpu-agent  host-1             host-2     the kubelet calls istio-dpu-cni here
 //!   istio-dpu-adapter  │ mgmt             │ mgmt
-//!   dpu-dataplane    soc-1 ──── wire ── soc-2
-//!                    stack-1            stack-2    the proxy: stock Envoy or dpu-proxy
+//!   dpu-dataplane    soc-1 ── fabric ── soc-2
+//!                    stack-1    │       stack-2    the proxy: stock Envoy or dpu-proxy
+//!                            node-3                no DPU; see `ordinary`
 //! ```
+//! Where there is nothing to make a bridge with, the fabric is a cable between the SoCs, and there is no third machine.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -19,6 +21,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use dpumesh_core::{DpuId, Role};
 use dpumesh_examples::children::{Process, Run};
+use dpumesh_examples::workload::http_client::{self, Options};
 use dpumesh_hw::channel::{self, trust::Party};
 use dpumesh_hw::netlink::{Address, LinkChange, LinkIndex, Netlink, Route, VethEnd};
 use dpumesh_hw::netns::Namespace;
@@ -28,11 +31,14 @@ use serde_json::{Value, json};
 
 use super::Result;
 use super::envoy::{self, Way};
-use super::kubelet::{self, Kubelet, NAMESPACE, PodSpec, RunningPod};
+use super::kubelet::{self, Kubelet, NAMESPACE, ORDINARY, PodSpec, RunningPod};
+use super::ordinary::{self, Ordinary};
 use super::peers::{self, ControlPlane};
 use super::trust::{Authority, Credentials};
 
-/// Name of the network device on a SoC.
+/// Name of the bridge that is the fabric.
+const FABRIC: &str = "fabric0";
+/// Name of a machine's uplink: a SoC's, or the ordinary node's.
 pub(crate) const WIRE: &str = "wire0";
 const MANAGEMENT: &str = "mgmt0";
 const CONTROL: &str = "ctl0";
@@ -60,8 +66,12 @@ pub(crate) enum Proxy {
 #[derive(Debug)]
 pub(crate) struct Nodes {
     // Ended in this order.
+    /// The machine without a DPU, where it can be had.
+    pub(crate) ordinary: Option<Ordinary>,
     pub(crate) all: Vec<Node>,
     _controller: Process,
+    // The cables end with it.
+    _fabric: Option<Namespace>,
     pub(crate) control: ControlPlane,
     pub(crate) run: Arc<Run>,
 }
@@ -97,9 +107,13 @@ impl Nodes {
         configure(&control, "lo", peers::ADDRESS.into(), 32)?;
         progress("etcd, kube-apiserver, kube-controller-manager, istiod");
         let control = ControlPlane::start(control, run)?;
-        let objects: Vec<Value> = (0..2)
+        let mut objects: Vec<Value> = (0..2)
             .map(|index| kubelet::node_object(index, vtep(index)))
             .collect();
+        let third = ordinary::missing().is_none();
+        if third {
+            objects.push(ordinary::node_object()?);
+        }
         control.apply(&list(objects))?;
         progress("istio-dpu-controller and its webhook");
         let authority = Authority::new()?;
@@ -112,10 +126,24 @@ impl Nodes {
             ));
             all.push(Node::start(index, kind, &control, &authority, run)?);
         }
-        join(&all[0].soc, &all[1].soc)?;
+        let (ordinary, fabric) = if third {
+            progress("node 3: no DPU");
+            let fabric = Namespace::create()?;
+            ordinary::tool(run, &fabric, "ip", &format!("link add {FABRIC} type bridge"))?;
+            ordinary::tool(run, &fabric, "ip", &format!("link set {FABRIC} up"))?;
+            for node in &all {
+                plug_in(node.index, &fabric, &node.soc, run)?;
+            }
+            (Some(Ordinary::start(&control, &fabric, run)?), Some(fabric))
+        } else {
+            join(&all[0].soc, &all[1].soc)?;
+            (None, None)
+        };
         Ok(Self {
+            ordinary,
             all,
             _controller: controller,
+            _fabric: fabric,
             control,
             run: Arc::clone(run),
         })
@@ -128,6 +156,11 @@ impl Nodes {
         for spec in specs {
             let object = self.control.get(&["pod", &spec.name, "-n", NAMESPACE])?;
             let uid = object["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+            if spec.node == ORDINARY {
+                let ordinary = self.ordinary.as_mut().ok_or("there is no ordinary node")?;
+                ordinary.add(spec, &uid, &self.control)?;
+                continue;
+            }
             let node = &mut self.all[spec.node];
             let added = node.kubelet.add(spec, &uid, &node.host);
             let pod = added.map_err(|error| format!("{error}\n{}", node.last_words()))?;
@@ -164,12 +197,12 @@ impl Nodes {
 
     /// The pod of this name.
     pub(crate) fn pod(&self, name: &str) -> Result<&RunningPod> {
-        let mut pods = self.all.iter().flat_map(|node| &node.pods);
-        let found = pods.find(|pod| pod.spec.name == name);
+        let ordinary = self.ordinary.iter().flat_map(|node| &node.pods);
+        let found = self.pods().chain(ordinary).find(|pod| pod.spec.name == name);
         found.ok_or_else(|| format!("there is no pod {name}").into())
     }
 
-    /// All pods.
+    /// All pods on DPUs.
     pub(crate) fn pods(&self) -> impl Iterator<Item = &RunningPod> {
         self.all.iter().flat_map(|node| &node.pods)
     }
@@ -206,7 +239,7 @@ impl Node {
         // The host's side makes the card.
         drop(card(index, &folder, &host, &fabric)?);
         let dataplane = start_dataplane(index, &folder, &soc, &stack, &fabric, run)?;
-        let subnet = IpNet::new(Ipv4Addr::new(10, 244, index as u8 + 1, 0).into(), 24)?;
+        let subnet = subnet(index)?;
         let mut node = Self {
             index,
             pods: Vec::new(),
@@ -379,6 +412,20 @@ impl Node {
         Ok(())
     }
 
+    /// Connections that its proxy has refused because no pod's program takes them.
+    pub(crate) fn denied(&self) -> Result<u64> {
+        let place = match self.kind {
+            Proxy::Envoy => &self.stack,
+            Proxy::DpuProxy => &self.soc,
+        };
+        let mut options = Options::new((Ipv4Addr::LOCALHOST, envoy::ADMIN_PORT).into());
+        options.path = r"/stats?filter=tcp\.deny\.downstream_cx_total".to_owned();
+        let summary = place.run(|| http_client::get(&options))??;
+        let body = summary.first.map(|answer| answer.body).unwrap_or_default();
+        let count = body.trim().rsplit(' ').next().unwrap_or_default();
+        Ok(count.parse().unwrap_or(0))
+    }
+
     /// What the agent has written down of its pods.
     pub(crate) fn leases(&self) -> Result<Value> {
         let text = fs::read_to_string(self.folder.join("agent/attachments.json"))?;
@@ -412,7 +459,13 @@ fn dpu(index: usize) -> DpuId {
     DpuId(format!("dpu-{}", index + 1))
 }
 
-fn vtep(index: usize) -> IpAddr {
+/// What its pods have addresses from.
+pub(crate) fn subnet(index: usize) -> Result<IpNet> {
+    Ok(IpNet::new(Ipv4Addr::new(10, 244, index as u8 + 1, 0).into(), 24)?)
+}
+
+/// Its tunnel endpoint.
+pub(crate) fn vtep(index: usize) -> IpAddr {
     Ipv4Addr::new(192, 0, 2, index as u8 + 1).into()
 }
 
@@ -463,7 +516,8 @@ pub(crate) fn missing() -> Option<String> {
     ))
 }
 
-fn program(name: &str) -> Result<Command> {
+/// One of [`PROGRAMS`].
+pub(crate) fn program(name: &str) -> Result<Command> {
     let here = std::env::current_exe()?;
     let built = here
         .parent()
@@ -517,6 +571,18 @@ fn configure(namespace: &Namespace, name: &str, address: IpAddr, length: u8) -> 
 
 /// The links of a host: to the control plane, and to its SoC.
 fn manage(index: usize, control: &Namespace, host: &Namespace, soc: &Namespace) -> Result<()> {
+    link_to_control(index, control, host)?;
+    Netlink::open_in(host)?.create_veth(
+        &VethEnd::new(MANAGEMENT).in_namespace(host),
+        &VethEnd::new(MANAGEMENT).in_namespace(soc),
+    )?;
+    configure(host, MANAGEMENT, management(index, 1), 30)?;
+    configure(soc, MANAGEMENT, management(index, 2), 30)?;
+    Ok(())
+}
+
+/// The link of a machine to the control plane.
+pub(crate) fn link_to_control(index: usize, control: &Namespace, host: &Namespace) -> Result<()> {
     let node = index as u8 + 1;
     let far = format!("host-{node}");
     Netlink::open_in(host)?.create_veth(
@@ -528,12 +594,6 @@ fn manage(index: usize, control: &Namespace, host: &Namespace, soc: &Namespace) 
     let route = Route::new(IpNet::from(IpAddr::from(peers::ADDRESS)));
     let route = route.via(Ipv4Addr::new(10, 90, node, 1).into()).on(link);
     Netlink::open_in(host)?.add_route(&route)?;
-    Netlink::open_in(host)?.create_veth(
-        &VethEnd::new(MANAGEMENT).in_namespace(host),
-        &VethEnd::new(MANAGEMENT).in_namespace(soc),
-    )?;
-    configure(host, MANAGEMENT, management(index, 1), 30)?;
-    configure(soc, MANAGEMENT, management(index, 2), 30)?;
     Ok(())
 }
 
@@ -543,17 +603,33 @@ fn join(one: &Namespace, two: &Namespace) -> Result<()> {
         &VethEnd::new(WIRE).in_namespace(one),
         &VethEnd::new(WIRE).in_namespace(two),
     )?;
-    let end = |index: usize| IpAddr::from(Ipv4Addr::new(192, 0, 3, index as u8 + 1));
     for (index, namespace) in [one, two].into_iter().enumerate() {
-        configure(namespace, WIRE, end(index), 24)?;
+        address(index, namespace)?;
     }
-    for (index, namespace) in [one, two].into_iter().enumerate() {
-        let mut netlink = Netlink::open_in(namespace)?;
-        let link = netlink.link(WIRE)?.index;
-        let route = Route::new(IpNet::from(vtep(1 - index)))
-            .via(end(1 - index))
-            .on(link);
-        netlink.add_route(&route)?;
+    Ok(())
+}
+
+/// A port of the fabric for a machine's uplink.
+pub(crate) fn plug_in(index: usize, fabric: &Namespace, machine: &Namespace, run: &Run) -> Result<()> {
+    let port = format!("node-{}", index + 1);
+    Netlink::open_in(fabric)?.create_veth(
+        &VethEnd::new(&port).in_namespace(fabric),
+        &VethEnd::new(WIRE).in_namespace(machine),
+    )?;
+    ordinary::tool(run, fabric, "ip", &format!("link set {port} master {FABRIC} up"))?;
+    if index == ORDINARY {
+        configure(machine, "lo", vtep(index), 32)?;
+    }
+    address(index, machine)
+}
+
+/// An uplink's address, and the ways to the others' tunnel endpoints.
+fn address(index: usize, machine: &Namespace) -> Result<()> {
+    let end = |index: usize| IpAddr::from(Ipv4Addr::new(192, 0, 3, index as u8 + 1));
+    let link = configure(machine, WIRE, end(index), 24)?;
+    let mut netlink = Netlink::open_in(machine)?;
+    for other in (0..=ORDINARY).filter(|other| *other != index) {
+        netlink.add_route(&Route::new(IpNet::from(vtep(other))).via(end(other)).on(link))?;
     }
     Ok(())
 }

@@ -39,7 +39,7 @@ pub(crate) fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<()
     if holds { Ok(()) } else { Err(message().into()) }
 }
 
-fn told(summary: &Summary) -> String {
+pub(crate) fn told(summary: &Summary) -> String {
     let failure = summary
         .failure
         .as_ref()
@@ -51,11 +51,11 @@ fn told(summary: &Summary) -> String {
 }
 
 /// How many were answered with this status.
-fn with(summary: &Summary, status: u16) -> u64 {
+pub(crate) fn with(summary: &Summary, status: u16) -> u64 {
     summary.statuses.get(&status).copied().unwrap_or(0)
 }
 
-fn by(summary: &Summary, pod: &str) -> u64 {
+pub(crate) fn by(summary: &Summary, pod: &str) -> u64 {
     summary.served_by.get(pod).copied().unwrap_or(0)
 }
 
@@ -111,7 +111,7 @@ fn step(world: &World, wanted: &str) -> Result<bool> {
 }
 
 /// Whether both pods of reviews answer this path with this status, asked from either node.
-fn answers(world: &World, from: &[&str], path: &str, status: u16) -> Result<bool> {
+pub(crate) fn answers(world: &World, from: &[&str], path: &str, status: u16) -> Result<bool> {
     for from in from {
         let summary = world.get(from, REVIEWS, 12, &|options| options.path = path.to_owned())?;
         if with(&summary, status) != 12 {
@@ -379,7 +379,7 @@ spec:
 }
 
 /// What a request says in its path, to be looked for on the wire.
-const SECRET: &str = "/a-secret-in-the-path";
+pub(crate) const SECRET: &str = "/a-secret-in-the-path";
 
 fn strict(world: &mut World) -> Result<String> {
     let yaml = "apiVersion: security.istio.io/v1
@@ -448,7 +448,7 @@ fn on_the_wire(world: &World) -> Result<Seen> {
 }
 
 /// Within VXLAN: a TCP segment that begins with a record of TLS 1.2 or 1.3 (RFC 8446 §5.1).
-fn is_tls_data(frame: &Frame) -> bool {
+pub(crate) fn is_tls_data(frame: &Frame) -> bool {
     const OUTER: usize = 14 + 20 + 8 + 8; // Ethernet, IPv4 without options, UDP, VXLAN
     const INNER: usize = OUTER + 14 + 20; // Ethernet, IPv4 without options
     let Some(tcp) = frame.octets.get(INNER..) else {

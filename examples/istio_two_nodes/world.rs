@@ -9,9 +9,11 @@ use dpumesh_examples::workload::{self, READY};
 use serde_json::json;
 
 use super::Result;
-use super::kubelet::{HTTP_PORT, NAMESPACE, PodSpec, RunningPod};
+use super::kubelet::{HTTP_PORT, NAMESPACE, ORDINARY, PodSpec, RunningPod};
 use super::node::{Nodes, list};
+use super::ordinary::Ordinary;
 use super::peers::DEBOUNCE;
+use super::sidecar;
 
 /// How long an effect may take to show.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -40,7 +42,17 @@ pub(crate) const RATINGS: Service = Service {
     name: "ratings",
     number: 3,
 };
-/// All of them.
+/// Behind an ordinary sidecar, on the node without a DPU.
+pub(crate) const ORDERS: Service = Service {
+    name: "orders",
+    number: 4,
+};
+/// Beside it, likewise.
+pub(crate) const STOCK: Service = Service {
+    name: "stock",
+    number: 5,
+};
+/// All of pods on DPUs.
 pub(crate) const SERVICES: [Service; 3] = [FRONT, REVIEWS, RATINGS];
 
 impl Service {
@@ -92,7 +104,7 @@ impl World {
         progress("services and accounts");
         let mut objects =
             vec![json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})];
-        for service in SERVICES {
+        for service in SERVICES.into_iter().chain([ORDERS, STOCK]) {
             let metadata = json!({"name": service.name, "namespace": NAMESPACE});
             objects.push(json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}));
             objects.push(
@@ -101,6 +113,7 @@ impl World {
                 "ports": [{"name": "http", "port": SERVICE_PORT, "targetPort": HTTP_PORT}]}}),
             );
         }
+        objects.push(sidecar::envoy_filter());
         nodes.control.apply(&list(objects))?;
         let mut world = Self {
             servers: Vec::new(),
@@ -119,7 +132,22 @@ impl World {
             PodSpec::new("reviews-2", "reviews", "v2", 1),
             PodSpec::new("ratings-1", "ratings", "v1", 1),
         ])?;
+        if world.nodes.ordinary.is_some() {
+            progress("pods with ordinary sidecars: stock Envoy, istiod");
+            world.add_pods(&[
+                PodSpec::new("orders-1", ORDERS.name, "v1", ORDINARY),
+                PodSpec::new("stock-1", STOCK.name, "v1", ORDINARY),
+            ])?;
+        }
         Ok(world)
+    }
+
+    /// The machine without a DPU.
+    pub(crate) fn ordinary(&self) -> Result<&Ordinary> {
+        self.nodes
+            .ordinary
+            .as_ref()
+            .ok_or_else(|| "there is no ordinary node".into())
     }
 
     /// Creates pods and starts their servers.
@@ -236,7 +264,9 @@ impl World {
     /// What the nodes' programs have said last.
     pub(crate) fn last_words(&self) -> String {
         let nodes = self.nodes.all.iter().map(super::node::Node::last_words);
-        nodes.collect::<Vec<_>>().join("\n")
+        let sidecars = self.nodes.ordinary.iter().flat_map(|node| &node.sidecars);
+        let words = nodes.chain(sidecars.map(super::sidecar::Sidecar::last_words));
+        words.collect::<Vec<_>>().join("\n")
     }
 
     /// How to enter what is running.
@@ -248,6 +278,21 @@ impl World {
                 pod.spec.name,
                 pod.address.to_string(),
                 pod.namespace.path().display()
+            );
+        }
+        if let Some(node) = &self.nodes.ordinary {
+            for pod in &node.pods {
+                let path = pod.namespace.path();
+                println!(
+                    "  {:10} {:12} nsenter --net={}",
+                    pod.spec.name,
+                    pod.address.to_string(),
+                    path.display()
+                );
+            }
+            println!(
+                "  node-3                  nsenter --net={}",
+                node.machine.path().display()
             );
         }
         for node in &self.nodes.all {
