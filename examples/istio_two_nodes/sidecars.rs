@@ -1,5 +1,6 @@
 //! What pods on DPUs and pods behind ordinary sidecars of the same istiod have to do with each other, and what a client outside of the mesh may.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 
 use dpumesh_examples::capture::{Capture, Captured};
@@ -61,9 +62,13 @@ fn watched<T>(world: &World, work: impl FnOnce() -> Result<T>) -> Result<(T, Cap
 
 fn reachable(world: &World) -> Result<()> {
     for (from, service) in CALLS {
-        world.until(&format!("{from} reaches {}", service.name), |world| {
-            Ok(with(&world.get(from, service, 1, &|_| {})?, 200) == 1)
-        })?;
+        let last = RefCell::new(Summary::default());
+        let reached = world.until(&format!("{from} reaches {}", service.name), |world| {
+            let summary = world.get(from, service, 1, &|_| {})?;
+            *last.borrow_mut() = summary;
+            Ok(with(&last.borrow(), 200) == 1)
+        });
+        reached.map_err(|error| format!("{error}: {}", told(&last.borrow())))?;
     }
     Ok(())
 }
