@@ -36,7 +36,7 @@ pub(crate) struct Sidecar {
 }
 
 impl Sidecar {
-    /// Starts both and captures the pod's TCP.
+    /// Captures the pod's TCP and starts both.
     pub(crate) fn start(
         pod: &RunningPod,
         uid: &str,
@@ -46,6 +46,8 @@ impl Sidecar {
     ) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let name = &pod.spec.name;
+        // Before anything connects: of a connection that is older than the rules, the answers would be captured.
+        capture(pod, run)?;
         let token = token(pod, uid, control)?;
         let token_file = folder.join("token");
         fs::write(&token_file, &token)?;
@@ -94,7 +96,6 @@ impl Sidecar {
             .arg(&file);
         let mut envoy = Process::start(run, &format!("sidecar of {name}"), &pod.namespace, command)?;
         envoy.wait_for_port(&pod.namespace, ([127, 0, 0, 1], ADMIN_PORT).into(), PATIENCE)?;
-        capture(pod, run)?;
         Ok(Self {
             pod: name.clone(),
             envoy,
