@@ -111,14 +111,14 @@ pub(crate) fn scale(world: &mut World, report: &mut Report, progress: &Progress)
     world.remove_pod("reviews-1")?;
     let last = SocketAddr::from((Ipv4Addr::new(10, 96, 2, services), 80));
     reaches(world, "front-1", last)?;
-    remember(world, report, &format!("1 pod, {services} services"))?;
+    remember(world, report, 1, services)?;
     progress.step(&format!("memory: {pods} pods and {services} services"));
     for number in 1..pods {
         let app = SERVICES[number % SERVICES.len()].name;
         world.add_pods(&[PodSpec::new(&format!("more-{number}"), app, "v1", 0)])?;
     }
     reaches(world, &format!("more-{}", pods - 1), last)?;
-    remember(world, report, &format!("{pods} pods, {services} services"))
+    remember(world, report, pods, services)
 }
 
 fn reaches(world: &World, from: &str, address: SocketAddr) -> Result<()> {
@@ -131,7 +131,8 @@ fn reaches(world: &World, from: &str, address: SocketAddr) -> Result<()> {
     })
 }
 
-fn remember(world: &World, report: &mut Report, what: &str) -> Result<()> {
+fn remember(world: &World, report: &mut Report, pods: usize, services: u8) -> Result<()> {
+    let what = format!("pods: {pods}, services: {services}");
     let node = &world.nodes.all[0];
     for process in [&node.proxy, &node.adapter].into_iter().flatten() {
         let name = format!("{}: {what}", process.name());
@@ -143,8 +144,9 @@ fn remember(world: &World, report: &mut Report, what: &str) -> Result<()> {
     let sidecar = resident_kib(ordinary.sidecar("orders-1")?.envoy.id())?;
     let name = format!("one ordinary sidecar (Envoy alone): {what}");
     report.rss_kib.set(&name, sidecar);
-    let (_, pods) = SCALE;
-    let name = format!("{pods} × {sidecar} KiB, as ordinary sidecars: {what}");
-    report.rss_kib.set(&name, sidecar * pods as u64);
+    if pods > 1 {
+        let name = format!("{pods} ordinary sidecars of {sidecar} KiB: {what}");
+        report.rss_kib.set(&name, sidecar * pods as u64);
+    }
     Ok(())
 }

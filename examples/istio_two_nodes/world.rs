@@ -16,7 +16,7 @@ use super::peers::DEBOUNCE;
 use super::sidecar;
 
 /// How long an effect may take to show.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(45);
 /// Port of all services.
 const SERVICE_PORT: u16 = 80;
 
