@@ -1,0 +1,1 @@
+//! Generic SR-IOV NICs: sysfs, netlink, devlink and tc flower.

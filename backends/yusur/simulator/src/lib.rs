@@ -1,0 +1,1 @@
+//! A network processor in software, as the shared library that dpumesh-yusur loads.

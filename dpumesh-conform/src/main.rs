@@ -1,0 +1,3 @@
+//! `dpumesh-conform`: proves a backend by the conformance kit.
+
+fn main() {}
