@@ -27,6 +27,26 @@ impl PciAddress {
             function,
         })
     }
+
+    /// The domain (segment).
+    pub const fn domain(self) -> u16 {
+        self.domain
+    }
+
+    /// The bus.
+    pub const fn bus(self) -> u8 {
+        self.bus
+    }
+
+    /// The device on its bus, 0 to 31.
+    pub const fn device(self) -> u8 {
+        self.device
+    }
+
+    /// The function of its device, 0 to 7.
+    pub const fn function(self) -> u8 {
+        self.function
+    }
 }
 
 impl fmt::Display for PciAddress {
