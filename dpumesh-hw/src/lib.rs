@@ -20,6 +20,10 @@
     feature = "conformance",
     doc = "| [`conformance`] | the kit that proves a backend |"
 )]
+#![cfg_attr(
+    feature = "loader",
+    doc = "| [`loader`] | backends in foreign libraries, behind a C interface |"
+)]
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code, reason = "a named home of unsafe: loom's cells, in tests")]
@@ -36,6 +40,9 @@ pub mod dataplane;
 pub mod events;
 #[cfg(not(loom))]
 pub mod flow;
+#[cfg(all(feature = "loader", not(loom)))]
+#[allow(unsafe_code, reason = "a named home of unsafe: the C interface")]
+pub mod loader;
 #[cfg(not(loom))]
 pub mod memory;
 #[cfg(not(loom))]

@@ -1,0 +1,8 @@
+//! The C interface: in-tree backends behind it, libraries that break it, one in plain C, and the header.
+
+mod behind;
+
+use std::time::Duration;
+
+/// Deadline of a kit's case.
+const DEADLINE: Duration = Duration::from_secs(10);
