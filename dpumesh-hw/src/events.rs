@@ -88,6 +88,13 @@ impl Drop for EventHub {
 impl Queue {
     fn push(&self, event: Event, depth: usize) {
         let mut state = locked(&self.state);
+        if let Event::Overflowed(lost) = event {
+            // Somebody in front lost events: what waits here is older than the gap, and one gap is told, not two.
+            state.lost += lost + state.events.len() as u64;
+            state.events.clear();
+            drop(state);
+            return self.arrived.notify_one();
+        }
         if state.events.len() == depth {
             state.events.pop_front();
             state.lost += 1;
@@ -205,6 +212,17 @@ mod tests {
         assert_eq!(stream.next().await, Some(Event::Overflowed(3)));
         assert_eq!(stream.next().await, Some(lost(4)));
         assert_eq!(stream.next().await, Some(lost(5)));
+    }
+
+    #[tokio::test]
+    async fn a_loss_that_is_handed_on_is_told_once() {
+        let hub = EventHub::new(2);
+        let mut stream = hub.subscribe();
+        for event in [lost(1), lost(2), lost(3), Event::Overflowed(4), lost(8)] {
+            hub.raise(&event);
+        }
+        assert_eq!(stream.next().await, Some(Event::Overflowed(7)));
+        assert_eq!(stream.next().await, Some(lost(8)));
     }
 
     #[tokio::test]

@@ -552,6 +552,8 @@ pub struct dm_error {
     pub field: [u8; 64],
     /// One sentence for people.
     pub message: [u8; 320],
+    /// What the library's own layers said, or everything that failed in a teardown; may be empty.
+    pub cause: [u8; 320],
 }
 
 /// One call. Its memory, and that of everything it points to, is the caller's and stays valid until the call ended.

@@ -50,7 +50,8 @@ pub(super) struct Driver {
     closing: AtomicBool,
     closed: (Mutex<bool>, Condvar),
     hub: Weak<EventHub>,
-    events: Mutex<Box<[u128]>>,
+    /// Room for an event; `None` once the card is closed.
+    events: Mutex<Option<Box<[u128]>>>,
 }
 
 /// Pending calls by token; ends that arrived before their call was parked.
@@ -163,7 +164,7 @@ impl Driver {
             closing: AtomicBool::new(false),
             closed: (Mutex::new(false), Condvar::new()),
             hub: Arc::downgrade(hub),
-            events: Mutex::new(vec![0; 4096].into_boxed_slice()),
+            events: Mutex::new(Some(vec![0; 4096].into_boxed_slice())),
         })
     }
 
@@ -347,6 +348,7 @@ impl Driver {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
+        *locked(&self.events) = None;
         self.enter_as("backend.close", || {
             if let Some(close) = self.ops.close {
                 // SAFETY: nobody holds the backend or a port of it any more.
@@ -407,9 +409,10 @@ impl Driver {
     /// Hands on the library's events so far.
     pub(super) fn pump_events(&self) -> usize {
         let mut room = locked(&self.events);
+        let Some(room) = &mut *room else { return 0 };
         let mut count = 0;
         while count < 4096
-            && let Some(event) = self.next_event(&mut room)
+            && let Some(event) = self.next_event(room)
         {
             count += 1;
             if let Some(hub) = self.hub.upgrade() {

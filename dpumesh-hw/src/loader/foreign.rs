@@ -1,7 +1,7 @@
 //! [`Foreign`]: a card of a foreign library as a [`Backend`]. Each method puts its request, makes the call, gets the answer.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use async_trait::async_trait;
 use dpumesh_core::backend::EventStream;
@@ -18,7 +18,7 @@ use dpumesh_core::vf::{
     VfRequest, VfState,
 };
 use dpumesh_core::{
-    Backend, BackendInfo, Capabilities, Epoch, Error, ErrorKind, Fence, FlowSteering, Frame, HEADROOM,
+    Backend, BackendInfo, Capabilities, Epoch, Error, ErrorKind, Event, Fence, FlowSteering, Frame, HEADROOM,
     NpOffload, PfIndex, PortInfo, PortIo, PortRef, Ports, Result, ShmTransport, VfAllocator,
 };
 
@@ -26,7 +26,7 @@ use super::abi::*;
 use super::arena::{Arena, Broken, Reader, Rows, Sized32};
 use super::codec::*;
 use super::driver::{Driver, Enter, Exchange, Listing};
-use crate::events::EventHub;
+use crate::events::{EventHub, HubStream};
 
 /// Octets for texts in an answer that has effects and so cannot be asked for again.
 const ROOM: usize = 4096;
@@ -288,7 +288,28 @@ impl Backend for Foreign {
     fn events(&self) -> Box<dyn EventStream> {
         // What happened before now is not for the new subscriber.
         self.driver().pump_events();
-        Box::new(self.hub.subscribe())
+        Box::new(Stream {
+            driver: Arc::downgrade(self.driver()),
+            queue: self.hub.subscribe(),
+        })
+    }
+}
+
+/// A subscription to a foreign card's events.
+#[derive(Debug)]
+struct Stream {
+    driver: Weak<Driver>,
+    queue: HubStream,
+}
+
+#[async_trait]
+impl EventStream for Stream {
+    async fn next(&mut self) -> Option<Event> {
+        // What the library has by now comes before what its thread brings later: one gap is told, not two.
+        if let Some(driver) = self.driver.upgrade() {
+            driver.pump_events();
+        }
+        self.queue.next().await
     }
 }
 

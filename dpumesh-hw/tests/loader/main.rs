@@ -1,6 +1,7 @@
 //! The C interface: in-tree backends behind it, libraries that break it, one in plain C, and the header.
 
 mod behind;
+mod header;
 
 use std::time::Duration;
 

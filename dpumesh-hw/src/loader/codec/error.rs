@@ -38,7 +38,7 @@ codes! { put_retry, get_retry, Retry, u32,
     Retry::AfterFree => Retry::AfterFree, DM_RETRY_AFTER_FREE;
 }
 
-/// An error as the interface has it. Its operation and backend are known to the reader; its sources do not travel.
+/// An error as the interface has it. Its operation and backend are known to the reader; its sources travel as text.
 pub(crate) fn put_error(error: &Error) -> dm_error {
     let mut raw = dm_error::empty();
     raw.kind = match put_kind(error.kind) {
@@ -61,8 +61,28 @@ pub(crate) fn put_error(error: &Error) -> dm_error {
         terminate(&mut raw.field, &object.field);
     }
     terminate(&mut raw.message, &error.message);
+    if let Some(source) = &error.source {
+        terminate(&mut raw.cause, &chain(&**source));
+    }
     raw
 }
+
+/// A source and what caused it, in one line.
+fn chain(source: &(dyn std::error::Error + Send + Sync)) -> String {
+    let mut text = source.to_string();
+    let mut next = source.source();
+    while let Some(deeper) = next {
+        text.push_str(": ");
+        text.push_str(&deeper.to_string());
+        next = deeper.source();
+    }
+    text
+}
+
+/// What a library's own layers said.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Cause(String);
 
 /// An error that the other side wrote.
 pub(crate) fn get_error(raw: &dm_error, operation: &'static str, backend: &str) -> Result<Error, Broken> {
@@ -86,6 +106,10 @@ pub(crate) fn get_error(raw: &dm_error, operation: &'static str, backend: &str) 
     }
     if raw.has & DM_HAS_VENDOR_CODE != 0 {
         error = error.vendor_code(raw.vendor_code);
+    }
+    let cause = terminated(&raw.cause, "error.cause")?;
+    if !cause.is_empty() {
+        error = error.source(Cause(cause));
     }
     Ok(error)
 }

@@ -50,7 +50,7 @@ pub(crate) use codes;
 
 // Sizes of version 1.0: never to be changed, since older libraries send these.
 sized! {
-    dm_arena = 40, dm_rows = 32, dm_error = 520, dm_call = 40, dm_completion = 16, dm_host = 24, dm_info = 392,
+    dm_arena = 40, dm_rows = 32, dm_error = 840, dm_call = 40, dm_completion = 16, dm_host = 24, dm_info = 392,
     dm_capabilities = 288, dm_pattern = 168, dm_action = 96, dm_rule = 72, dm_rules = 24, dm_verdict = 40,
     dm_operation = 40, dm_batch = 24, dm_change = 64, dm_outcome = 80, dm_of_owner = 16, dm_installed = 32,
     dm_cookies = 32, dm_count = 40, dm_miss = 16, dm_occupancy = 40, dm_number = 16, dm_vf_count = 16,
