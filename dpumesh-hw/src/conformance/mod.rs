@@ -46,6 +46,8 @@ mod cases;
 mod check;
 mod events;
 mod expected;
+#[cfg(feature = "loader")]
+pub mod library;
 mod lifecycle;
 mod limits;
 pub mod memory;

@@ -47,6 +47,8 @@ pub(super) struct Driver {
     jobs: Mutex<VecDeque<Job>>,
     wake: EventFd,
     inside: Mutex<Option<(&'static str, Instant)>>,
+    /// A caller's deadline passed while the thread was inside a function, where it still is.
+    stuck: AtomicBool,
     closing: AtomicBool,
     closed: (Mutex<bool>, Condvar),
     hub: Weak<EventHub>,
@@ -161,6 +163,7 @@ impl Driver {
             jobs: Mutex::default(),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             inside: Mutex::default(),
+            stuck: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             closed: (Mutex::new(false), Condvar::new()),
             hub: Arc::downgrade(hub),
@@ -236,6 +239,7 @@ impl Driver {
                     .effect(effect)
             },
             |(stuck, since)| {
+                self.stuck.store(true, Ordering::Release);
                 let message = format!(
                     "the library has not returned from `{stuck}` for {:?}: it blocks, which no call may",
                     since.elapsed()
@@ -315,7 +319,7 @@ impl Driver {
 
     fn refuse_if_stuck(&self, operation: &'static str) -> Result<()> {
         match self.inside() {
-            Some((stuck, since)) if since.elapsed() > self.deadline => {
+            Some((stuck, since)) if self.stuck.load(Ordering::Acquire) => {
                 let message = format!(
                     "the library has not returned from `{stuck}` for {:?}",
                     since.elapsed()
@@ -364,6 +368,7 @@ impl Driver {
         *locked(&self.inside) = Some((operation, Instant::now()));
         let value = run();
         *locked(&self.inside) = None;
+        self.stuck.store(false, Ordering::Release);
         value
     }
 

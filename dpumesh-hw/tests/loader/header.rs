@@ -10,7 +10,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Runs the C compiler and hands its complaints on.
+/// Runs the C compiler, with the header that is checked in, and hands its complaints on.
 pub(crate) fn cc(arguments: &[&str]) {
     let include = root().join("include");
     let output = Command::new("cc")
