@@ -776,8 +776,10 @@ static uint32_t steering_apply(uint64_t handle, dm_call *call, const dm_batch *b
     uint32_t status = begin(card, call);
     if (status != DM_DONE) return status;
     if (batch->operations.len > BATCH) {
+        char message[64];
+        snprintf(message, sizeof message, "%u operations are more than the %d of one batch", batch->operations.len, BATCH);
         call->error->retry = DM_RETRY_NEVER;
-        return end(card, refuse(call->error, DM_CAPACITY_EXCEEDED, "steering.batch_max", "", "more operations than one batch may have"));
+        return end(card, refuse(call->error, DM_CAPACITY_EXCEEDED, "steering.batch_max", "", message));
     }
     if (batch->atomicity != DM_CONTINUE) return end(card, refuse(call->error, DM_UNSUPPORTED, "", "atomicity", "is not on offer"));
     outcome->changes.len = outcome->errors.len = batch->operations.len;

@@ -181,7 +181,8 @@ impl Driver {
     ) -> Result<Box<Exchange<I, O>>> {
         let token = self.tokens.fetch_add(1, Ordering::Relaxed);
         exchange.call.token = token;
-        exchange.call.epoch = fence.map_or(DM_NO_FENCE, |fence| fence.0.0);
+        // No card lives so long; and a fence must never pass for none.
+        exchange.call.epoch = fence.map_or(DM_NO_FENCE, |fence| fence.0.0.min(DM_NO_FENCE - 1));
         let (sender, answer) = oneshot::channel();
         match self.calls {
             Calls::Inline => {

@@ -227,6 +227,7 @@ async fn a_call_that_completes_twice_completes_once() {
 async fn an_event_that_means_nothing_is_bad_health() {
     let backend = open("EVENT_KIND").expect("opened");
     let mut events = backend.events();
+    validate(&backend).await.expect("judged, and an event is due");
     match tokio::time::timeout(Duration::from_secs(5), events.next()).await {
         Ok(Some(Event::Health(Some(error)))) => {
             assert!(error.to_string().contains("event.kind is 99"), "{error}");
