@@ -340,15 +340,19 @@ impl Driver {
             .map_or(-1, |poll_fd| unsafe { poll_fd(self.handle) });
         // SAFETY: the library's, open until `close`, which this thread calls last.
         let fd = (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) });
-        let mut idle = 0_u32;
+        let (mut idle, mut since) = (0_u32, Instant::now());
         while !self.closing.load(Ordering::Acquire) {
             let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
             fds.extend(fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             let _ = nix::poll::poll(&mut fds, PollTimeout::NONE); // an interrupted wait is a look for nothing
             let _ = self.wake.read();
             let worked = self.run_jobs() + self.pump_completions() + self.pump_events();
-            // A descriptor that is readable for nothing would take the whole processor.
-            idle = if worked == 0 { idle + 1 } else { 0 };
+            // A descriptor that is readable for nothing, again and again, would take the whole processor.
+            if worked > 0 || since.elapsed() > Duration::from_millis(20) {
+                (idle, since) = (0, Instant::now());
+            } else {
+                idle += 1;
+            }
             if idle > 64 {
                 std::thread::sleep(Duration::from_millis(10));
             }

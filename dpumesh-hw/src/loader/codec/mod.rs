@@ -166,3 +166,6 @@ pub(crate) fn small<T: TryFrom<u16>>(number: u32, what: &str) -> Result<T, Broke
 pub(crate) fn set<T>(bits: Option<T>, raw: u32, what: &str) -> Result<T, Broken> {
     bits.ok_or_else(|| format!("{what} has bits that mean nothing: {raw:#x}"))
 }
+
+#[cfg(test)]
+mod tests;
