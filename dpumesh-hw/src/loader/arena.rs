@@ -313,12 +313,14 @@ impl Rows {
         let all: *const u8 = self.memory.as_ptr().cast();
         let reader = Reader::within(all, self.stride * self.capacity);
         let at = all.wrapping_add(self.stride * index).cast::<T>();
-        // SAFETY: `index` is below the capacity, or the reader refuses it before it reads.
-        let size = if index < self.capacity {
-            unsafe { at.cast::<u32>().read() }
-        } else {
-            0
-        };
+        if index >= self.capacity {
+            return Err(format!(
+                "{what}[{index}] is beyond the {} there are",
+                self.capacity
+            ));
+        }
+        // SAFETY: `index` is below the capacity, so that its size is there.
+        let size = unsafe { at.cast::<u32>().read() };
         if size as usize > self.stride {
             return Err(format!(
                 "{what}[{index}]: {} of size {size} in room for {}",

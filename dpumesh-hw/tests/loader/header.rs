@@ -108,7 +108,10 @@ macro_rules! layout {
     };
 }
 
-fn layout() -> Vec<(&'static str, usize, Vec<(&'static str, usize)>)> {
+/// Name and size of a struct, and its fields with their offsets.
+type Layout = (&'static str, usize, Vec<(&'static str, usize)>);
+
+fn layout() -> Vec<Layout> {
     layout! {
         dm_str { at len }
         dm_list { at len stride }

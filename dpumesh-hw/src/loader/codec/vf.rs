@@ -98,8 +98,12 @@ pub(crate) fn get_config(raw: &dm_vf_config) -> Result<VfConfig, Broken> {
             Ok(None)
         }
     };
-    let mut config = VfConfig::default();
-    config.mac = has(DM_VF_MAC).then_some(MacAddr(raw.mac));
+    let mut config = VfConfig {
+        mac: has(DM_VF_MAC).then_some(MacAddr(raw.mac)),
+        min_rate: has(DM_VF_MIN_RATE).then_some(RateMbps(raw.min_rate)),
+        max_rate: has(DM_VF_MAX_RATE).then_some(RateMbps(raw.max_rate)),
+        ..VfConfig::default()
+    };
     if has(DM_VF_VLAN) {
         let id = match raw.vlan {
             0 => None,
@@ -114,8 +118,6 @@ pub(crate) fn get_config(raw: &dm_vf_config) -> Result<VfConfig, Broken> {
     if has(DM_VF_LINK_STATE) {
         config.link_state = Some(get_link_state(raw.link_state, "config.link_state")?);
     }
-    config.min_rate = has(DM_VF_MIN_RATE).then_some(RateMbps(raw.min_rate));
-    config.max_rate = has(DM_VF_MAX_RATE).then_some(RateMbps(raw.max_rate));
     if has(DM_VF_MTU) {
         config.mtu = Some(get_mtu(raw.mtu, "config.mtu")?);
     }

@@ -107,8 +107,8 @@ impl Instance {
     }
 
     /// Ends the runtime, and with it whatever is pending, before the backend goes.
-    pub(super) fn close(self: Box<Self>) {
-        let Self { stop, thread, .. } = *self;
+    pub(super) fn close(self) {
+        let Self { stop, thread, .. } = self;
         drop(stop);
         let _ = thread.join(); // a panic there has been told already
     }

@@ -263,7 +263,7 @@ unsafe fn instance<'a>(handle: u64) -> &'a Instance {
 unsafe extern "C" fn close(handle: u64) {
     let instance = std::ptr::with_exposed_provenance_mut::<Instance>(handle as usize);
     // SAFETY: the last use of an open handle.
-    let instance = unsafe { Box::from_raw(instance) };
+    let instance = unsafe { *Box::from_raw(instance) };
     let _ = catch_unwind(AssertUnwindSafe(|| instance.close()));
 }
 

@@ -241,10 +241,10 @@ fn hand_over(frame: &Frame, raw: &mut dm_frame) -> Result<()> {
 /// Copies the caller's frame. One longer than any frame may be stays too long, so that the port refuses and counts it.
 fn take_over(raw: &dm_frame, frame: &mut Frame) -> Result<()> {
     let len = raw.len as usize;
-    // SAFETY: `len` octets are the caller's frame.
     let octets = if len == 0 {
         &[]
     } else {
+        // SAFETY: `len` octets are the caller's frame.
         unsafe { std::slice::from_raw_parts(raw.at, len) }
     };
     if !frame.fill(octets) {
