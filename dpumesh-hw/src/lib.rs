@@ -11,7 +11,7 @@
 //! | [`wrap`] | decorators over any backend: trace, fault, limit, validate |
 //! | [`ring`], [`shm`] | channels over shared memory |
 //! | [`netns`], [`netlink`] | network namespaces and rtnetlink, without the programs `ip` and `nft` |
-//! | [`events`] | bounded event queues |
+//! | [`journal`], [`events`] | a card's memory on disk, bounded event queues |
 #![cfg_attr(
     feature = "channel",
     doc = "| [`channel`] | gRPC between the node agent and the dataplane |"
@@ -43,6 +43,8 @@ pub mod flow;
 #[cfg(all(feature = "loader", not(loom)))]
 #[allow(unsafe_code, reason = "a named home of unsafe: the C interface")]
 pub mod loader;
+#[cfg(not(loom))]
+pub mod journal;
 #[cfg(not(loom))]
 pub mod memory;
 #[cfg(not(loom))]

@@ -21,14 +21,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use dpumesh_core::vf::{LeaseId, VfLease, VfLocation};
 use dpumesh_core::{DpuId, Epoch, Error, ErrorKind, Fence, MacAddr, Mtu, PortRef, Result};
+use dpumesh_hw::journal::{Guard, Journal, JournalError};
 use dpumesh_hw::netns::Namespace;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use crate::journal::{Guard, Journal, JournalError};
 use crate::sys::SharedNumber;
 use crate::yard::Yard;
 use crate::{NAME, TapOptions, VfKind};
+
+/// File of the number that all processes of a card have mapped.
+const NUMBER: &str = "life";
 
 /// An emulated card, opened from one side. Clones share it.
 #[derive(Clone, Debug)]
@@ -176,7 +179,7 @@ impl TapCard {
         self.0
             .journal
             .clone()
-            .remove()
+            .remove(&[NUMBER])
             .map_err(|error| journal_error(OPERATION, error))
     }
 
@@ -211,11 +214,7 @@ impl Card {
             .as_ref()
             .map(|path| namespace(OPERATION, Some(path)))
             .transpose()?;
-        let life = Arc::new(
-            journal
-                .shared_number()
-                .map_err(|error| journal_error(OPERATION, error))?,
-        );
+        let life = Arc::new(shared_number(&journal).map_err(|error| journal_error(OPERATION, error))?);
         let card = Self {
             options,
             journal,
@@ -625,6 +624,20 @@ fn namespace(operation: &'static str, path: Option<&PathBuf>) -> Result<Namespac
 
 pub(crate) fn namespace_error(operation: &'static str, source: dpumesh_hw::netns::NamespaceError) -> Error {
     error(ErrorKind::NotFound, operation, source.to_string()).source(source)
+}
+
+/// A number that every process of the card sees at once. It is only a copy of what the value says.
+fn shared_number(journal: &Journal) -> std::result::Result<SharedNumber, JournalError> {
+    let path = journal.dir().join(NUMBER);
+    let opened = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path);
+    opened
+        .and_then(|file| SharedNumber::map(&file))
+        .map_err(|source| JournalError::Io { path, source })
 }
 
 fn journal_error(operation: &'static str, source: JournalError) -> Error {

@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`device`] | frames of TAPs, packet sockets and the overlay's UDP socket |
 //! | [`impair`] | a link that loses, delays, duplicates, reorders, corrupts |
-//! | `card`, `journal`, `yard` | the card's memory, how it survives crashes, its devices in namespaces |
+//! | `card`, `yard` | the card's memory (kept by [`dpumesh_hw::journal`]), its devices in namespaces |
 //! | `vf`, `ports`, `events`, `backend` | the contract's traits on top |
 //! | `profile`, `options` | which card to be, and where |
 //! | `sys` | the system calls without a safe wrapper: the only unsafe code |
@@ -25,7 +25,6 @@ mod card;
 pub mod device;
 mod events;
 pub mod impair;
-mod journal;
 mod options;
 mod ports;
 mod profile;

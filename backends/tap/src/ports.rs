@@ -11,13 +11,13 @@ use async_trait::async_trait;
 use dpumesh_core::{
     ErrorKind, Fence, Frame, MacAddr, PortInfo, PortIo, PortIoLimits, PortRef, Ports, Result,
 };
+use dpumesh_hw::journal::Guard;
 use dpumesh_hw::netlink::{Link, Netlink};
 use dpumesh_hw::netns::Namespace;
 
 use crate::card::{Card, Change, Gate, error, index_of};
 use crate::device::{PacketOptions, PacketPort, TapPort, UdpUplink};
 use crate::impair::{Impaired, SystemClock};
-use crate::journal::Guard;
 use crate::{Mode, VfKind};
 
 const UPLINK: PortRef = PortRef::Uplink(0);

@@ -4,12 +4,16 @@
 //! DIR/state.0, DIR/state.1     alternating: the newer one with a sound checksum counts
 //!   dpumesh-card 1 <generation> <octets> <crc32>\n<JSON>
 //! DIR/lock                     flock: shared to read, exclusive to change
-//! DIR/life                     a number that all processes have mapped, see `card`
-//! DIR/<port>.port              flock: held by the one process that reads the port
+//! DIR/<name>                   flock: held by one process, as the one that reads a port ([`Journal::try_claim`])
 //! ```
 //! A new value goes to a temporary file, is synced, and renamed over the *older* slot; so a reader finds the old or the new
 //! value whatever happened, even when the newer slot is damaged later. Two damaged slots are an error: a card is never
 //! taken for a fresh one because its memory is unreadable.
+//!
+//! Write-ahead is the caller's part: what is about to be done to a device is stored before it is touched, so that who
+//! opens the directory after a crash finds what to undo.
+
+#![forbid(unsafe_code)]
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -19,37 +23,49 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::sys::SharedNumber;
-
 const SLOTS: [&str; 2] = ["state.0", "state.1"];
-const NUMBER: &str = "life";
 const MAGIC: &str = "dpumesh-card";
 const VERSION: &str = "1";
 
 /// The directory of a card.
 #[derive(Clone, Debug)]
-pub(crate) struct Journal {
+pub struct Journal {
     dir: PathBuf,
 }
 
 /// The right to read (or, made by [`Journal::lock`], to change) the value, until dropped.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub struct Guard {
     _lock: Flock<File>,
 }
 
 /// Why the value could not be read or written.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum JournalError {
+pub enum JournalError {
+    /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Both copies are unreadable.
     #[error("{}: both copies of the card's state are damaged ({reason}); remove the directory to make a fresh card", dir.display())]
-    Damaged { dir: PathBuf, reason: String },
+    Damaged {
+        /// Where.
+        dir: PathBuf,
+        /// What is wrong with them.
+        reason: String,
+    },
 }
 
 impl Journal {
     /// Makes the directory when it is not there.
-    pub(crate) fn open(dir: &Path) -> Result<Self, JournalError> {
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn open(dir: &Path) -> Result<Self, JournalError> {
         fs::create_dir_all(dir).map_err(|source| JournalError::Io {
             path: dir.to_owned(),
             source,
@@ -57,34 +73,34 @@ impl Journal {
         Ok(Self { dir: dir.to_owned() })
     }
 
-    /// A number that every process of the card sees at once. It is only a copy of what the value says.
-    pub(crate) fn shared_number(&self) -> Result<SharedNumber, JournalError> {
-        let path = self.dir.join(NUMBER);
-        let opened = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path);
-        opened
-            .and_then(|file| SharedNumber::map(&file))
-            .map_err(|source| JournalError::Io { path, source })
+    /// The directory, for files of the card's own beside the value.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Waits for the right to change the value.
-    pub(crate) fn lock(&self) -> Result<Guard, JournalError> {
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn lock(&self) -> Result<Guard, JournalError> {
         self.flock("lock", FlockArg::LockExclusive)
             .map(|lock| Guard { _lock: lock })
     }
 
     /// Waits for the right to read the value.
-    pub(crate) fn lock_shared(&self) -> Result<Guard, JournalError> {
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn lock_shared(&self) -> Result<Guard, JournalError> {
         self.flock("lock", FlockArg::LockShared)
             .map(|lock| Guard { _lock: lock })
     }
 
     /// Takes a lock of this name without waiting; `None` while somebody holds it. A dead holder's is free.
-    pub(crate) fn try_claim(&self, name: &str) -> Result<Option<Guard>, JournalError> {
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn try_claim(&self, name: &str) -> Result<Option<Guard>, JournalError> {
         match self.flock(name, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(Guard { _lock: lock })),
             Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -118,7 +134,10 @@ impl Journal {
     }
 
     /// The value and its generation; `None` on a fresh directory. The guard keeps it from changing meanwhile.
-    pub(crate) fn load<T: DeserializeOwned>(&self, _guard: &Guard) -> Result<Option<(u64, T)>, JournalError> {
+    ///
+    /// # Errors
+    /// `Io`, `Damaged` when neither copy is sound.
+    pub fn load<T: DeserializeOwned>(&self, _guard: &Guard) -> Result<Option<(u64, T)>, JournalError> {
         let mut best: Option<(u64, T)> = None;
         let mut damage = None;
         for slot in SLOTS {
@@ -147,7 +166,10 @@ impl Journal {
     }
 
     /// Replaces the value; on return it is on disk. `generation` is one more than the loaded one.
-    pub(crate) fn store<T: Serialize>(
+    ///
+    /// # Errors
+    /// `Io`; the former value is still there.
+    pub fn store<T: Serialize>(
         &self,
         _guard: &Guard,
         generation: u64,
@@ -165,8 +187,11 @@ impl Journal {
         written.map_err(|source| JournalError::Io { path: slot, source })
     }
 
-    /// Removes the value and the directory, if nothing foreign is in it.
-    pub(crate) fn remove(self) -> Result<(), JournalError> {
+    /// Removes the value, what was claimed, the files called `others`, and the directory, if nothing foreign is in it.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn remove(self, others: &[&str]) -> Result<(), JournalError> {
         let entries = fs::read_dir(&self.dir).map_err(|source| JournalError::Io {
             path: self.dir.clone(),
             source,
@@ -174,7 +199,8 @@ impl Journal {
         for entry in entries.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            if name == "lock" || name == NUMBER || name.starts_with("state.") || name.ends_with(".port") {
+            let ours = name == "lock" || name.starts_with("state.") || name.ends_with(".port");
+            if ours || others.contains(&&*name) {
                 let path = entry.path();
                 fs::remove_file(&path).map_err(|source| JournalError::Io { path, source })?;
             }
@@ -312,6 +338,6 @@ mod tests {
         assert!(journal.try_claim("uplink0.port").expect("tried").is_none());
         drop(held);
         assert!(journal.try_claim("uplink0.port").expect("tried").is_some());
-        journal.remove().expect("removed");
+        journal.remove(&[]).expect("removed");
     }
 }
