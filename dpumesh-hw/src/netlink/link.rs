@@ -12,6 +12,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::{Netlink, NetlinkError, attributes};
 use crate::netns::Namespace;
 
+const IFLA_PHYS_SWITCH_ID: u16 = 36;
+
 /// An interface's number in its namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkIndex(pub u32);
@@ -48,6 +50,14 @@ pub struct Link {
     pub peer: Option<LinkIndex>,
     /// Free text kept with the interface, see [`LinkChange::alias`].
     pub alias: Option<String>,
+    /// The device it belongs to, as the PCI address `0000:3b:00.0`; `None` for a virtual one, and before Linux 5.14.
+    pub parent: Option<String>,
+    /// Name of the card's port that it is or stands for, as `p0` or `pf0vf3` (`phys_port_name`).
+    pub port_name: Option<String>,
+    /// Identity of the switch that the port belongs to (`phys_switch_id`).
+    pub switch_id: Option<Vec<u8>>,
+    /// Largest MTU that its driver takes, octets.
+    pub max_mtu: Option<u32>,
     /// Counters at the time of the question.
     pub statistics: LinkStatistics,
 }
@@ -329,6 +339,10 @@ pub(super) fn parse(payload: &[u8]) -> Option<Link> {
         kind: None,
         peer: None,
         alias: None,
+        parent: None,
+        port_name: None,
+        switch_id: None,
+        max_mtu: None,
         statistics: LinkStatistics::default(),
     };
     for attribute in attributes(payload, header.buffer_len()) {
@@ -337,6 +351,10 @@ pub(super) fn parse(payload: &[u8]) -> Option<Link> {
             Ok(LinkAttribute::Address(mac)) => link.mac = mac.try_into().ok(),
             Ok(LinkAttribute::Mtu(mtu)) => link.mtu = mtu,
             Ok(LinkAttribute::IfAlias(alias)) => link.alias = Some(alias),
+            Ok(LinkAttribute::ParentDevName(parent)) => link.parent = Some(parent),
+            Ok(LinkAttribute::PhysPortName(name)) => link.port_name = Some(name),
+            Ok(LinkAttribute::MaxMtu(mtu)) => link.max_mtu = Some(mtu).filter(|mtu| *mtu > 0),
+            _ if attribute.kind() == IFLA_PHYS_SWITCH_ID => link.switch_id = Some(attribute.value().to_vec()),
             Ok(LinkAttribute::Link(peer)) => link.peer = Some(LinkIndex(peer)),
             Ok(LinkAttribute::LinkInfo(infos)) => {
                 link.kind = infos.iter().find_map(|info| match info {

@@ -4,13 +4,17 @@
 //! its acknowledgement, done; each blocks for some microseconds up to milliseconds while the kernel works. The files
 //! follow the objects: [`link`], [`address`], [`route`], [`rule`], [`neighbour`]; [`snapshot`] takes
 //! them together, [`nft`] speaks to nf_tables and
-//! [`sysctl`] writes below `/proc/sys/net`. Reading ignores attributes it does not know, so that an exotic interface
+//! [`sysctl`] writes below `/proc/sys/net`. Of SR-IOV cards, [`vf`] has the VFs as their PF administers them, [`bridge`]
+//! the embedded switch, and [`devlink`] eswitch and ports. Reading ignores attributes it does not know, so that an exotic interface
 //! beside ours disturbs nothing.
 
 #![forbid(unsafe_code)]
 
 pub mod address;
+mod attribute;
+pub mod bridge;
 mod channel;
+pub mod devlink;
 pub mod link;
 pub mod neighbour;
 pub mod nft;
@@ -18,6 +22,7 @@ pub mod route;
 pub mod rule;
 pub mod snapshot;
 pub mod sysctl;
+pub mod vf;
 
 use std::fmt;
 use std::io;
@@ -30,11 +35,14 @@ use crate::netns::Namespace;
 use channel::{Channel, Failure, Reply};
 
 pub use address::Address;
+pub use bridge::BridgeMode;
+pub use devlink::{Devlink, DevlinkPort, EswitchMode, PortFlavour};
 pub use link::{Link, LinkChange, LinkIndex, LinkStatistics, VethEnd};
 pub use neighbour::Neighbour;
 pub use route::{Route, RouteKind, RouteMetrics};
 pub use rule::Rule;
 pub use snapshot::Snapshot;
+pub use vf::{Vf, VfLinkState, VfSetting};
 
 /// Marks the routes and rules that dpumesh made (`RTA_PROTOCOL`, `FRA_PROTOCOL`; shown as `proto 201`), so that they
 /// can be told from an administrator's.
@@ -96,6 +104,34 @@ impl Netlink {
         let request = encode(message, NLM_F_REQUEST | NLM_F_ACK);
         self.channel
             .request(request)
+            .map_err(|failure| NetlinkError::new(operation, object, failure))
+    }
+
+    /// Asks, or changes something, with a message whose attributes were written by hand.
+    fn ask(
+        &mut self,
+        operation: &'static str,
+        object: impl fmt::Display,
+        kind: u16,
+        head: &[u8],
+        body: &attribute::Attributes,
+    ) -> Result<Vec<Reply>, NetlinkError> {
+        self.channel
+            .request(vf::message(kind, NLM_F_REQUEST | NLM_F_ACK, head, body))
+            .map_err(|failure| NetlinkError::new(operation, object, failure))
+    }
+
+    /// Asks for everything of one kind, like [`Netlink::ask`].
+    fn list(
+        &mut self,
+        operation: &'static str,
+        object: impl fmt::Display,
+        kind: u16,
+        head: &[u8],
+        body: &attribute::Attributes,
+    ) -> Result<Vec<Reply>, NetlinkError> {
+        self.channel
+            .request(vf::message(kind, NLM_F_REQUEST | NLM_F_DUMP, head, body))
             .map_err(|failure| NetlinkError::new(operation, object, failure))
     }
 
@@ -238,6 +274,7 @@ mod tests {
                 }
                 attributes.iter().for_each(|attribute| payload.extend(attribute));
                 link::parse(&payload);
+                vf::parse(&payload);
                 address::parse(&payload);
                 route::parse(&payload);
                 rule::parse(&payload);
