@@ -1,1 +1,42 @@
-//! Generic SR-IOV NICs: sysfs, netlink, devlink and tc flower.
+//! Generic SR-IOV NICs behind the dpumesh traits, and the floor of every real card: sysfs, rtnetlink, devlink, tc flower.
+//!
+//! ```text
+//!   Options ─► Card ── vf: leases, attributes, the way into a pod and back     VfAllocator
+//!               │  └── isolation: what keeps VFs from talking past the host    refuses what can be bypassed
+//!               │
+//!            record (dpumesh_hw::journal: written down before the card is touched)
+//!               │
+//!            Kernel ── Linux: sysfs, netlink, devlink     fake: a card that is not there
+//! ```
+//!
+//! | module | story |
+//! |---|---|
+//! | [`card`](Card), `record` | transactions on a card, and what is written down of it |
+//! | [`discover`] | its functions in sysfs, by PCI address |
+//! | `abilities` | what its driver is able to do, found by trying |
+//! | `vf` | leases, attributes, attaching, releasing, reclaiming |
+//! | [`isolation`] | frames from VF to VF |
+//! | [`kernel`] | the seam to Linux |
+//! | `events` | a card that goes and comes, VFs and carriers |
+//!
+//! Needs Linux 5.14 (network devices tell the PCI function that they belong to).
+#![forbid(unsafe_code)]
+
+mod abilities;
+mod card;
+pub mod discover;
+mod events;
+#[cfg(feature = "fake")]
+pub mod fake;
+pub mod isolation;
+pub mod kernel;
+mod options;
+mod record;
+mod vf;
+
+pub use card::{Card, FormerLease, Parts};
+pub use isolation::Isolation;
+pub use options::{Options, Protect};
+
+/// Name of this backend in its errors and in [`dpumesh_core::BackendInfo`].
+pub const NAME: &str = "sriov";

@@ -1,0 +1,210 @@
+//! [`FakeFixture`]: the conformance kit against this backend on a fake card.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use dpumesh_core::offload::Program;
+use dpumesh_core::{Backend, BackendExt, PfIndex, PortRef, Result};
+use dpumesh_hw::conformance::{Clock, Crash, Expectations, Fixture, Namespaces, Probe, Reset, Rig, Sabotage};
+
+use super::{FakeMachine, Model};
+use crate::kernel::KernelError;
+use crate::{Card, Options, Parts, Protect};
+
+/// VFs of a fresh card, unless it has fewer.
+const VFS: u16 = 4;
+
+/// Makes fake cards.
+#[derive(Clone, Debug)]
+pub struct FakeFixture {
+    name: String,
+    model: Model,
+    protect: Protect,
+    expected: Expectations,
+}
+
+impl FakeFixture {
+    /// Cards of this model.
+    pub fn new(name: impl Into<String>, model: Model) -> Self {
+        Self {
+            name: name.into(),
+            model,
+            protect: Protect::Required,
+            expected: Expectations::default(),
+        }
+    }
+
+    /// VFs may talk past the host.
+    #[must_use]
+    pub fn unprotected(mut self) -> Self {
+        self.protect = Protect::Waived;
+        self
+    }
+
+    /// With known deviations.
+    #[must_use]
+    pub fn expecting(mut self, expected: Expectations) -> Self {
+        self.expected = expected;
+        self
+    }
+}
+
+#[async_trait]
+impl Fixture for FakeFixture {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn open(&self) -> Result<Box<dyn Rig>> {
+        let machine = FakeMachine::new(self.model.clone()).map_err(|failed| {
+            let failed = KernelError {
+                errno: failed.raw_os_error(),
+                what: failed.to_string(),
+            };
+            crate::card::kernel_error("fake.open", failed)
+        })?;
+        let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
+        options.protect = self.protect;
+        let rig = FakeRig::new(machine, options)?;
+        let card = rig.host();
+        let count = VFS.min(self.model.total_vfs);
+        card.require_vf()?
+            .set_vf_count(card.fence(), PfIndex(0), count)
+            .await?;
+        Ok(Box::new(rig))
+    }
+
+    fn expectations(&self) -> Expectations {
+        self.expected.clone()
+    }
+}
+
+struct FakeRig {
+    machine: FakeMachine,
+    options: Options,
+    card: Mutex<Arc<Card>>,
+    vfs: u16,
+}
+
+impl FakeRig {
+    fn new(machine: FakeMachine, options: Options) -> Result<Self> {
+        let card = open(&machine, &options)?;
+        Ok(Self {
+            machine,
+            options,
+            card: Mutex::new(card),
+            vfs: VFS,
+        })
+    }
+
+    fn card(&self) -> Arc<Card> {
+        Arc::clone(&self.card.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn open(machine: &FakeMachine, options: &Options) -> Result<Arc<Card>> {
+    Card::open_on(options.clone(), Arc::new(machine.clone()), Parts::default())
+}
+
+impl fmt::Debug for FakeRig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FakeRig")
+            .field("machine", &self.machine)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Rig for FakeRig {
+    fn host(&self) -> Arc<dyn Backend> {
+        self.card()
+    }
+
+    fn soc(&self) -> Arc<dyn Backend> {
+        self.card()
+    }
+
+    fn reset(&self) -> Option<&dyn Reset> {
+        Some(self)
+    }
+
+    fn probe(&self) -> Option<&dyn Probe> {
+        None
+    }
+
+    fn namespaces(&self) -> Option<&dyn Namespaces> {
+        Some(self)
+    }
+
+    fn crash(&self) -> Option<&dyn Crash> {
+        Some(self)
+    }
+
+    fn sabotage(&self) -> Option<&dyn Sabotage> {
+        Some(self)
+    }
+
+    fn clock(&self) -> Option<&dyn Clock> {
+        None
+    }
+
+    fn programs(&self) -> Vec<Program> {
+        Vec::new()
+    }
+}
+
+#[async_trait]
+impl Reset for FakeRig {
+    async fn lose(&self) -> Result<()> {
+        self.machine.lose();
+        self.card().look();
+        Ok(())
+    }
+
+    async fn bring_back(&self) -> Result<()> {
+        self.machine.bring_back();
+        let card = self.card();
+        card.look();
+        // A card comes back without VFs; who owns the node makes them again.
+        let count = self.vfs;
+        card.require_vf()?
+            .set_vf_count(card.fence(), PfIndex(0), count)
+            .await?;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Namespaces for FakeRig {
+    async fn fresh(&self) -> Result<PathBuf> {
+        Ok(self.machine.namespace())
+    }
+
+    async fn remove(&self, path: &Path) -> Result<()> {
+        self.machine.kill_namespace(path);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Crash for FakeRig {
+    async fn crash(&self) -> Result<()> {
+        let again = open(&self.machine, &self.options)?;
+        *self.card.lock().unwrap_or_else(PoisonError::into_inner) = again;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Sabotage for FakeRig {
+    async fn jam(&self, port: PortRef, jammed: bool) -> Result<()> {
+        self.machine.jam(port, jammed);
+        Ok(())
+    }
+
+    async fn strand(&self, port: PortRef) -> Result<()> {
+        self.machine.strand(port);
+        Ok(())
+    }
+}
