@@ -118,7 +118,7 @@ impl Card {
                 .object(options.device)
                 .field("device"));
         }
-        check_vlans(options.vlans)?;
+        options.vlans.map_or(Ok(()), check_vlans)?;
         let journal = Journal::open(&options.journal).map_err(|failed| journal_error(OPEN, failed))?;
         let inner = Arc::new(Inner {
             options,
@@ -161,6 +161,10 @@ impl Card {
     pub fn look(&self) {
         // What it finds is shown; what keeps it from looking is told to the next call.
         let _ = self.inner.begin("sriov.look");
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
     }
 
     #[cfg(test)]
@@ -220,10 +224,6 @@ const OPEN: &str = "sriov.open";
 impl Inner {
     fn shown(&self) -> Shown {
         self.shown.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.shown().epoch
     }
 
     /// Begins a transaction, the card being there or not.

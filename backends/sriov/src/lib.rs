@@ -16,6 +16,7 @@
 //! | `abilities` | what its driver is able to do, found by trying |
 //! | `vf` | leases, attributes, attaching, releasing, reclaiming |
 //! | [`isolation`] | frames from VF to VF |
+//! | [`eswitch`] | its mode, representors |
 //! | [`kernel`] | the seam to Linux |
 //! | `events` | a card that goes and comes, VFs and carriers |
 //!
@@ -25,6 +26,7 @@
 mod abilities;
 mod card;
 pub mod discover;
+pub mod eswitch;
 mod events;
 #[cfg(feature = "fake")]
 pub mod fake;
@@ -35,6 +37,7 @@ mod record;
 mod vf;
 
 pub use card::{Card, FormerLease, Parts};
+pub use eswitch::Representor;
 pub use isolation::Isolation;
 pub use options::{Options, Protect};
 

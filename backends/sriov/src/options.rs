@@ -27,10 +27,12 @@ pub struct Options {
     /// How VFs are kept from talking past the host.
     #[serde(default)]
     pub protect: Protect,
-    /// VLANs for [`crate::Isolation::VlanPerVf`], first and last, both included: they are the card's own and never reach the
-    /// network.
-    #[serde(default = "vlans")]
-    pub vlans: (u16, u16),
+    /// VLANs for [`crate::Isolation::VlanPerVf`], first and last, both included; one for each VF that the card can have.
+    ///
+    /// Who names them vouches that the switch at the card's ports drops them in both directions: the card sends frames of a VF
+    /// out on the wire under its tag, and takes frames with that tag from the wire. `None`: no VLAN keeps VFs apart.
+    #[serde(default)]
+    pub vlans: Option<(u16, u16)>,
 }
 
 /// Whether frames may go from one VF to another past the host.
@@ -55,7 +57,7 @@ impl Options {
             sysfs: sysfs(),
             host_namespace: None,
             protect: Protect::default(),
-            vlans: vlans(),
+            vlans: None,
         }
     }
 }
@@ -66,8 +68,4 @@ fn both() -> Role {
 
 fn sysfs() -> PathBuf {
     PathBuf::from("/sys")
-}
-
-fn vlans() -> (u16, u16) {
-    (3800, 4094)
 }

@@ -22,6 +22,7 @@ pub struct FakeFixture {
     name: String,
     model: Model,
     protect: Protect,
+    vlans: Option<(u16, u16)>,
     expected: Expectations,
 }
 
@@ -32,6 +33,7 @@ impl FakeFixture {
             name: name.into(),
             model,
             protect: Protect::Required,
+            vlans: Some((3000, 3999)),
             expected: Expectations::default(),
         }
     }
@@ -67,6 +69,7 @@ impl Fixture for FakeFixture {
         })?;
         let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
         options.protect = self.protect;
+        options.vlans = self.vlans;
         let rig = FakeRig::new(machine, options)?;
         let card = rig.host();
         let count = VFS.min(self.model.total_vfs);

@@ -153,53 +153,17 @@ impl SriovVf {
         if let Some(vlan) = vlan {
             (wanted.vlan, wanted.qos, wanted.service_tag) = (vlan, 0, false);
         }
-        let outcome = set_admin(change, port, &before, &wanted)
-            .and_then(|()| self.set_netdev(change, port, function, config));
-        let Err((field, failed)) = outcome else {
-            return Ok(());
-        };
+        let device = change.locate(port, function)?;
+        let outcome = set_admin(change, port, &before, &wanted).and_then(|()| set_netdev(change, &device, config));
+        let Err((field, failed)) = outcome else { return Ok(()) };
         let failed = change.failed(failed).field(field);
+        // In the order in which drivers take it, like the way there: the PF first.
         let now = admin_of(change, port)?;
-        match set_admin(change, port, &now, &before) {
+        let undone = set_admin(change, port, &now, &before).and_then(|()| undo_netdev(change, &device));
+        match undone {
             Ok(()) => Err(failed),
             Err((field, _)) => Err(failed.effect(Effect::Partial).field(field)),
         }
-    }
-
-    fn set_netdev(
-        &self,
-        change: &Change<'_>,
-        port: PortRef,
-        function: &VirtualFunction,
-        config: &VfConfig,
-    ) -> Result<(), (&'static str, crate::kernel::KernelError)> {
-        if config.mac.is_none() && config.mtu.is_none() {
-            return Ok(());
-        }
-        let found = change.locate(port, function);
-        let Ok(Whereabouts::Netdev { spot, link }) = found else {
-            return Ok(()); // bound to VFIO: whoever drives it reads what the PF administers
-        };
-        if let Some(mac) = config.mac {
-            set_mac(change, &spot, &link, mac).map_err(|failed| ("config.mac", failed))?;
-        }
-        if let Some(mtu) = config
-            .mtu
-            .map(|mtu| u32::from(mtu.get()))
-            .filter(|mtu| *mtu != link.mtu)
-        {
-            let edit = LinkEdit {
-                mtu: Some(mtu),
-                ..LinkEdit::default()
-            };
-            let set = patiently(|| change.kernel().change_link(&spot, link.index, &edit));
-            if let Err(failed) = set {
-                // The MAC was set in this call: back to what it was.
-                let _ = set_mac(change, &spot, &link, mac_of(&link));
-                return Err(("config.mtu", failed));
-            }
-        }
-        Ok(())
     }
 
     /// Makes a VF's attributes equal to its snapshot: what differs is set, whoever changed it.
@@ -231,6 +195,42 @@ impl SriovVf {
     }
 }
 
+type Refused = (&'static str, crate::kernel::KernelError);
+
+fn set_netdev(change: &Change<'_>, device: &Whereabouts, config: &VfConfig) -> Result<(), Refused> {
+    // Bound to VFIO: whoever drives it reads what the PF administers.
+    let Whereabouts::Netdev { spot, link } = device else { return Ok(()) };
+    if let Some(mac) = config.mac {
+        set_mac(change, spot, link, mac).map_err(|failed| ("config.mac", failed))?;
+    }
+    if let Some(mtu) = config.mtu.map(|mtu| u32::from(mtu.get())).filter(|mtu| *mtu != link.mtu) {
+        set_mtu(change, spot, link, mtu).map_err(|failed| ("config.mtu", failed))?;
+    }
+    Ok(())
+}
+
+/// Puts a network device back to what it was.
+fn undo_netdev(change: &Change<'_>, before: &Whereabouts) -> Result<(), Refused> {
+    let Whereabouts::Netdev { spot, link } = before else { return Ok(()) };
+    let now = change.kernel().links(spot).map_err(|failed| ("config", failed))?;
+    let Some(now) = now.iter().find(|now| now.index == link.index) else { return Ok(()) };
+    if now.mac != link.mac {
+        set_mac(change, spot, now, mac_of(link)).map_err(|failed| ("config.mac", failed))?;
+    }
+    if now.mtu != link.mtu {
+        set_mtu(change, spot, now, link.mtu).map_err(|failed| ("config.mtu", failed))?;
+    }
+    Ok(())
+}
+
+fn set_mtu(change: &Change<'_>, spot: &Spot, link: &dpumesh_hw::netlink::Link, mtu: u32) -> Outcome<()> {
+    let edit = LinkEdit {
+        mtu: Some(mtu),
+        ..LinkEdit::default()
+    };
+    patiently(|| change.kernel().change_link(spot, link.index, &edit))
+}
+
 fn restore_netdev(
     change: &Change<'_>,
     spot: &Spot,
@@ -244,11 +244,7 @@ fn restore_netdev(
         step(set_mac(change, spot, link, before.mac));
     }
     if link.mtu != before.mtu {
-        let edit = LinkEdit {
-            mtu: Some(before.mtu),
-            ..LinkEdit::default()
-        };
-        step(patiently(|| kernel.change_link(spot, link.index, &edit)));
+        step(set_mtu(change, spot, link, before.mtu));
     }
     if link.name != before.name {
         let edit = LinkEdit {
@@ -366,7 +362,7 @@ fn set_admin(
     port: PortRef,
     now: &Admin,
     wanted: &Admin,
-) -> Result<(), (&'static str, crate::kernel::KernelError)> {
+) -> Result<(), Refused> {
     let settings = difference(now, wanted);
     if settings.is_empty() {
         return Ok(());

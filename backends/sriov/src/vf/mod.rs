@@ -14,8 +14,12 @@
 
 mod attributes;
 pub(crate) mod count;
+#[cfg(test)]
+mod crash;
 mod lease;
 mod locate;
+#[cfg(test)]
+mod pains;
 mod release;
 mod travel;
 
