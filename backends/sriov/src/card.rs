@@ -446,10 +446,9 @@ impl Change<'_> {
     }
 
     pub(crate) fn vf(&self, port: PortRef) -> Option<VirtualFunction> {
-        self.vfs()
-            .into_iter()
-            .find(|(other, _)| *other == port)
-            .map(|(_, vf)| vf)
+        let (pf, index) = indices(port)?;
+        let pci = self.inner.pfs.get(usize::from(pf.0))?;
+        discover::vf_of(self.kernel().sysfs(), *pci, index)
     }
 
     /// The port whose current lease this is.

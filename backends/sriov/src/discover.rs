@@ -91,12 +91,24 @@ pub fn vfs(sysfs: &Path, pf: PciAddress) -> Vec<VirtualFunction> {
     found
 }
 
+/// One virtual function of a physical function; `None` when it is not there.
+pub fn vf_of(sysfs: &Path, pf: PciAddress, index: u16) -> Option<VirtualFunction> {
+    let link = sysfs.join(directory(pf)).join(format!("virtfn{index}"));
+    let pci = link_name(&link)?.parse().ok()?;
+    Some(vf(sysfs, index, pci))
+}
+
+/// The driver that a function has now.
+pub fn driver_of(sysfs: &Path, pci: PciAddress) -> Option<String> {
+    link_name(&sysfs.join(directory(pci)).join("driver"))
+}
+
 fn vf(sysfs: &Path, index: u16, pci: PciAddress) -> VirtualFunction {
     let dir = sysfs.join(directory(pci));
     VirtualFunction {
         index,
         pci,
-        driver: link_name(&dir.join("driver")),
+        driver: driver_of(sysfs, pci),
         numa_node: number(&dir, "numa_node"),
         can_reset: dir.join("reset").exists(),
     }
@@ -104,7 +116,7 @@ fn vf(sysfs: &Path, index: u16, pci: PciAddress) -> VirtualFunction {
 
 /// The network device of a function among those of a namespace. For a physical function it is the uplink, which in switchdev
 /// mode shares the function with the representors of its VFs.
-pub fn netdev_of<'a>(links: &'a [Link], pci: PciAddress) -> Option<&'a Link> {
+pub fn netdev_of(links: &[Link], pci: PciAddress) -> Option<&Link> {
     let pci = pci.to_string();
     links
         .iter()

@@ -55,18 +55,23 @@ impl Card {
         if before.iter().all(|(_, now)| *now == mode) {
             return Ok(change.record.epoch);
         }
-        if change.record.functions.values().any(|function| function.held.is_some()) {
+        if change
+            .record
+            .functions
+            .values()
+            .any(|function| function.held.is_some())
+        {
             let message = "a VF is leased, and all of them go for a change of the mode";
             return Err(change.refuse(ErrorKind::Busy, message));
         }
         for (pf, now) in &before {
             if let Err(failed) = switch(&mut change, pf, mode) {
-                let undone = before
-                    .iter()
-                    .take_while(|(other, _)| other.pci != pf.pci)
-                    .chain([&(pf.clone(), *now)])
-                    .map(|(pf, now)| switch(&mut change, pf, *now))
-                    .collect::<Result<()>>();
+                let done = before.iter().take_while(|(other, _)| other.pci != pf.pci);
+                let mut undone = Ok(());
+                for (pf, now) in done.chain([&(pf.clone(), *now)]) {
+                    let back = switch(&mut change, pf, *now);
+                    undone = undone.and(back);
+                }
                 let renewed = change.renew_life();
                 return Err(match undone.and(renewed) {
                     Ok(()) => failed,
@@ -89,9 +94,15 @@ impl Card {
         let change = self.inner().look("sriov.representors")?;
         let mut found = Vec::new();
         for (index, pci) in (0..).zip(&self.inner().pfs) {
-            let mode = change.kernel().eswitch_mode(*pci).map_err(|failed| change.failed(failed))?;
+            let mode = change
+                .kernel()
+                .eswitch_mode(*pci)
+                .map_err(|failed| change.failed(failed))?;
             if mode == Some(EswitchMode::Switchdev) {
-                let ports = change.kernel().ports(*pci).map_err(|failed| change.failed(failed))?;
+                let ports = change
+                    .kernel()
+                    .ports(*pci)
+                    .map_err(|failed| change.failed(failed))?;
                 collect(&change, index, *pci, &ports, &mut found);
             }
         }
@@ -110,7 +121,12 @@ fn collect(
 ) {
     let own = |link: &&dpumesh_hw::netlink::Link| link.parent.as_deref() == Some(&pci.to_string());
     for told in ports {
-        let Some(link) = change.links().iter().filter(own).find(|link| Some(link.index) == told.link) else {
+        let Some(link) = change
+            .links()
+            .iter()
+            .filter(own)
+            .find(|link| Some(link.index) == told.link)
+        else {
             continue;
         };
         let named = match (told.flavour, discover::representee(link)) {
@@ -135,7 +151,12 @@ fn collect(
             name: link.name.clone(),
         });
     }
-    for link in change.links().iter().filter(own).filter(|link| link.switch_id.is_some()) {
+    for link in change
+        .links()
+        .iter()
+        .filter(own)
+        .filter(|link| link.switch_id.is_some())
+    {
         let port = discover::representee(link).map_or(PortRef::Uplink(pf), |(_, vf)| port(pf, vf));
         if !found.iter().any(|known| known.port == port) {
             found.push(Representor {
@@ -151,7 +172,10 @@ fn modes(change: &Change<'_>) -> Result<Vec<(Pf, EswitchMode)>> {
     let pfs: Vec<Pf> = change.pfs().collect();
     pfs.into_iter()
         .map(|pf| {
-            let mode = change.kernel().eswitch_mode(pf.pci).map_err(|failed| change.failed(failed))?;
+            let mode = change
+                .kernel()
+                .eswitch_mode(pf.pci)
+                .map_err(|failed| change.failed(failed))?;
             let mode = mode.ok_or_else(|| {
                 let message = "devlink knows no eswitch of this card";
                 change.refuse(ErrorKind::Unsupported, message).object(pf.pci)

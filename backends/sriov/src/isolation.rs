@@ -91,7 +91,10 @@ pub(crate) fn judge(change: &Change<'_>, attributes: VfAttributes) -> Result<Iso
     if modes.iter().all(|mode| *mode == Some(EswitchMode::Switchdev)) {
         return Ok(Isolation::Switchdev);
     }
-    let vlans = match (attributes.contains(VfAttributes::VLAN), change.inner.options.vlans) {
+    let vlans = match (
+        attributes.contains(VfAttributes::VLAN),
+        change.inner.options.vlans,
+    ) {
         (true, Some(_)) => return Ok(Isolation::VlanPerVf),
         (true, None) => "a VLAN for each VF would, but `vlans` names none that the switch at its ports drops",
         (false, _) => "the driver sets no VLAN of a VF",

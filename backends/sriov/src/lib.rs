@@ -41,5 +41,10 @@ pub use eswitch::Representor;
 pub use isolation::Isolation;
 pub use options::{Options, Protect};
 
+/// Compiles the example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// Name of this backend in its errors and in [`dpumesh_core::BackendInfo`].
 pub const NAME: &str = "sriov";

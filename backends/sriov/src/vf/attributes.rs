@@ -154,8 +154,11 @@ impl SriovVf {
             (wanted.vlan, wanted.qos, wanted.service_tag) = (vlan, 0, false);
         }
         let device = change.locate(port, function)?;
-        let outcome = set_admin(change, port, &before, &wanted).and_then(|()| set_netdev(change, &device, config));
-        let Err((field, failed)) = outcome else { return Ok(()) };
+        let outcome =
+            set_admin(change, port, &before, &wanted).and_then(|()| set_netdev(change, &device, config));
+        let Err((field, failed)) = outcome else {
+            return Ok(());
+        };
         let failed = change.failed(failed).field(field);
         // In the order in which drivers take it, like the way there: the PF first.
         let now = admin_of(change, port)?;
@@ -199,11 +202,17 @@ type Refused = (&'static str, crate::kernel::KernelError);
 
 fn set_netdev(change: &Change<'_>, device: &Whereabouts, config: &VfConfig) -> Result<(), Refused> {
     // Bound to VFIO: whoever drives it reads what the PF administers.
-    let Whereabouts::Netdev { spot, link } = device else { return Ok(()) };
+    let Whereabouts::Netdev { spot, link } = device else {
+        return Ok(());
+    };
     if let Some(mac) = config.mac {
         set_mac(change, spot, link, mac).map_err(|failed| ("config.mac", failed))?;
     }
-    if let Some(mtu) = config.mtu.map(|mtu| u32::from(mtu.get())).filter(|mtu| *mtu != link.mtu) {
+    if let Some(mtu) = config
+        .mtu
+        .map(|mtu| u32::from(mtu.get()))
+        .filter(|mtu| *mtu != link.mtu)
+    {
         set_mtu(change, spot, link, mtu).map_err(|failed| ("config.mtu", failed))?;
     }
     Ok(())
@@ -211,9 +220,13 @@ fn set_netdev(change: &Change<'_>, device: &Whereabouts, config: &VfConfig) -> R
 
 /// Puts a network device back to what it was.
 fn undo_netdev(change: &Change<'_>, before: &Whereabouts) -> Result<(), Refused> {
-    let Whereabouts::Netdev { spot, link } = before else { return Ok(()) };
+    let Whereabouts::Netdev { spot, link } = before else {
+        return Ok(());
+    };
     let now = change.kernel().links(spot).map_err(|failed| ("config", failed))?;
-    let Some(now) = now.iter().find(|now| now.index == link.index) else { return Ok(()) };
+    let Some(now) = now.iter().find(|now| now.index == link.index) else {
+        return Ok(());
+    };
     if now.mac != link.mac {
         set_mac(change, spot, now, mac_of(link)).map_err(|failed| ("config.mac", failed))?;
     }
@@ -357,12 +370,7 @@ fn pf_of(change: &Change<'_>, port: PortRef) -> Result<(LinkIndex, u16)> {
     Ok((change.pf_link(pf)?.index, index))
 }
 
-fn set_admin(
-    change: &Change<'_>,
-    port: PortRef,
-    now: &Admin,
-    wanted: &Admin,
-) -> Result<(), Refused> {
+fn set_admin(change: &Change<'_>, port: PortRef, now: &Admin, wanted: &Admin) -> Result<(), Refused> {
     let settings = difference(now, wanted);
     if settings.is_empty() {
         return Ok(());
@@ -497,9 +505,10 @@ fn check_mac(change: &Change<'_>, port: PortRef, mac: MacAddr) -> Result<()> {
             .vfs(link.index)
             .map_err(|failed| change.failed(failed))?;
         let administered = vfs.into_iter().filter(|vf| MacAddr(vf.mac) == mac);
-        user = user.or(administered
+        let mut others = administered
             .map(|vf| crate::card::port(pf, vf.index))
-            .find(|other| *other != port));
+            .filter(|other| *other != port);
+        user = user.or_else(|| others.next());
     }
     let in_use = functions
         .iter()
@@ -508,7 +517,7 @@ fn check_mac(change: &Change<'_>, port: PortRef, mac: MacAddr) -> Result<()> {
             let link = crate::discover::netdev_of(change.links(), function.pci);
             link.is_some_and(|link| mac_of(link) == mac)
         });
-    let Some(user) = user.or(in_use.map(|(other, _)| *other)) else {
+    let Some(user) = user.or_else(|| in_use.map(|(other, _)| *other)) else {
         return Ok(());
     };
     let message = format!("{mac} is in use by {user}");

@@ -8,7 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dpumesh_core::vf::{Attachment, LeaseOwner, Released, ResetLevel, VfConfig, VfLease, VfLocation, VfRequest, VfState};
+use dpumesh_core::vf::{
+    Attachment, LeaseOwner, Released, ResetLevel, VfConfig, VfLease, VfLocation, VfRequest, VfState,
+};
 use dpumesh_core::{Backend, Fence, MacAddr, Mtu, PfIndex, PortRef, Result};
 use dpumesh_hw::netlink::{Link, Vf};
 
@@ -43,7 +45,10 @@ impl World {
             clean: Vec::new(),
         };
         let process = world.process();
-        process.vf().set_count(process.fence(), PfIndex(0), 2).expect("made");
+        process
+            .vf()
+            .set_count(process.fence(), PfIndex(0), 2)
+            .expect("made");
         world.clean = world.observe();
         world
     }
@@ -97,7 +102,8 @@ impl Process {
     }
 
     pub(super) fn lease(&self) -> Result<VfLease> {
-        self.vf().make_lease(self.fence(), &VfRequest::new("pod").with_config(config(1)))
+        self.vf()
+            .make_lease(self.fence(), &VfRequest::new("pod").with_config(config(1)))
     }
 
     pub(super) fn state(&self) -> VfState {
@@ -140,7 +146,10 @@ fn at_every_step(name: &str, prepare: fn(&World, &Process), change: fn(&World, &
                 world.machine.die_at(None);
                 drop(process);
                 let when = if after { "after" } else { "before" };
-                let what = format!("{name} on {}, death {when} call {steps}, {recovery:?}", model.driver);
+                let what = format!(
+                    "{name} on {}, death {when} call {steps}, {recovery:?}",
+                    model.driver
+                );
                 recover(&world, recovery, change, &what);
                 if !died {
                     break;
@@ -168,7 +177,9 @@ fn recover(world: &World, how: Recovery, change: fn(&World, &Process) -> Result<
             }
             Recovery::Reclaim => {
                 let live = [LeaseOwner("another".into())];
-                let back = process.vf().get_back(fence, lease.port, &live, ResetLevel::Function);
+                let back = process
+                    .vf()
+                    .get_back(fence, lease.port, &live, ResetLevel::Function);
                 back.unwrap_or_else(|error| panic!("{what}: {error}"));
             }
         }
@@ -185,7 +196,10 @@ fn leased(_: &World, process: &Process) {
 
 fn attached(world: &World, process: &Process) {
     let lease = process.lease().expect("leased");
-    process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &lease, &world.place())
+        .expect("attached");
 }
 
 #[test]
@@ -194,7 +208,10 @@ fn dying_in_a_lease() {
         let lease = process.lease()?;
         let state = process.state();
         assert_eq!(state.lease, Some(lease));
-        assert_eq!((Some(state.effective_mac), Some(state.mtu)), (config(1).mac, config(1).mtu));
+        assert_eq!(
+            (Some(state.effective_mac), Some(state.mtu)),
+            (config(1).mac, config(1).mtu)
+        );
         Ok(())
     });
 }
@@ -205,7 +222,10 @@ fn dying_in_configure() {
         let lease = process.lease()?;
         process.vf().set_attributes(process.fence(), &lease, &config(2))?;
         let state = process.state();
-        assert_eq!((Some(state.effective_mac), Some(state.mtu)), (config(2).mac, config(2).mtu));
+        assert_eq!(
+            (Some(state.effective_mac), Some(state.mtu)),
+            (config(2).mac, config(2).mtu)
+        );
         Ok(())
     });
 }
@@ -245,7 +265,9 @@ fn dying_in_detach() {
 
 #[test]
 fn dying_in_release() {
-    at_every_step("release", attached, |_, process| release(process, ResetLevel::Config));
+    at_every_step("release", attached, |_, process| {
+        release(process, ResetLevel::Config)
+    });
     at_every_step("release with reset", attached, |_, process| {
         release(process, ResetLevel::Function)
     });
@@ -268,7 +290,9 @@ fn dying_in_reclaim_of_a_dead_pods_vf() {
             world.machine.kill_namespace(&world.pod);
         },
         |_, process| {
-            let back = process.vf().get_back(process.fence(), PortRef::vf(0), &[], ResetLevel::Function);
+            let back = process
+                .vf()
+                .get_back(process.fence(), PortRef::vf(0), &[], ResetLevel::Function);
             back.map(drop)
         },
     );
@@ -285,7 +309,11 @@ fn dying_in_a_change_of_the_count() {
 
 #[test]
 fn a_call_that_fails_at_any_step_changes_nothing_or_says_so() {
-    type Step = (&'static str, fn(&World, &Process), fn(&World, &Process, &VfLease) -> Result<()>);
+    type Step = (
+        &'static str,
+        fn(&World, &Process),
+        fn(&World, &Process, &VfLease) -> Result<()>,
+    );
     let steps: [Step; 2] = [
         ("configure", nothing, |_, process, lease| {
             process.vf().set_attributes(process.fence(), lease, &config(2))
@@ -304,11 +332,20 @@ fn a_call_that_fails_at_any_step_changes_nothing_or_says_so() {
             let before = process.state();
             world.machine.fail_call(call, libc::EIO);
             // A failure that another way got around, or behind the last call, is none.
-            let Err(failed) = change(&world, &process, &lease) else { continue };
+            let Err(failed) = change(&world, &process, &lease) else {
+                continue;
+            };
             refused += 1;
-            assert_eq!(failed.effect, dpumesh_core::Effect::None, "{name}, call {call}: {failed}");
+            assert_eq!(
+                failed.effect,
+                dpumesh_core::Effect::None,
+                "{name}, call {call}: {failed}"
+            );
             assert_eq!(process.state(), before, "{name}, call {call}");
-            process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+            process
+                .vf()
+                .end_lease(process.fence(), &lease, ResetLevel::Config)
+                .expect("released");
             world.check_clean(name);
         }
         assert!(refused >= 2, "{name} has calls to fail at");

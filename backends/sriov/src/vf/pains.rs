@@ -29,17 +29,27 @@ fn p01_a_late_release_leaves_the_next_pods_vf_alone() {
     let world = World::new(Model::igb());
     let process = world.process();
     let old = process.lease().expect("leased");
-    process.vf().end_lease(process.fence(), &old, ResetLevel::Config).expect("released");
+    process
+        .vf()
+        .end_lease(process.fence(), &old, ResetLevel::Config)
+        .expect("released");
     let new = process
         .vf()
         .make_lease(process.fence(), &VfRequest::new("next").with_config(config(7)))
         .expect("leased");
-    process.vf().put(process.fence(), &new, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &new, &world.place())
+        .expect("attached");
     let before = process.state();
     world.machine.take_calls();
     let late = process.vf().end_lease(process.fence(), &old, ResetLevel::Config);
     assert_eq!(late.expect("no error"), Released::NotCurrent);
-    assert_eq!(world.machine.take_calls(), Vec::<String>::new(), "nothing was touched");
+    assert_eq!(
+        world.machine.take_calls(),
+        Vec::<String>::new(),
+        "nothing was touched"
+    );
     assert_eq!(process.state(), before);
 }
 
@@ -51,7 +61,9 @@ fn p02_an_orphaned_vf_is_shown_and_reclaimed() {
     let process = world.process();
     world.machine.strand(vf(0));
     assert_eq!(process.state().location, VfLocation::Missing);
-    let level = process.vf().get_back(process.fence(), vf(0), &[], ResetLevel::Config);
+    let level = process
+        .vf()
+        .get_back(process.fence(), vf(0), &[], ResetLevel::Config);
     assert_eq!(level.expect("reclaimed"), ResetLevel::Config);
     assert_eq!(process.state().location, VfLocation::Host);
     for driver in [Some("vfio-pci"), None] {
@@ -72,10 +84,16 @@ fn p03_a_dead_owners_vf_comes_back_and_no_mac_is_given_twice() {
     let world = World::new(Model::igb());
     let process = world.process();
     let dead = process.lease().expect("leased");
-    process.vf().put(process.fence(), &dead, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &dead, &world.place())
+        .expect("attached");
     world.machine.kill_namespace(&world.pod);
     let second = VfRequest::new("second").with_config(config(1));
-    let refused = process.vf().make_lease(process.fence(), &second).expect_err("the MAC is in use");
+    let refused = process
+        .vf()
+        .make_lease(process.fence(), &second)
+        .expect_err("the MAC is in use");
     assert_eq!(refused.kind, ErrorKind::Conflict);
     // Not administered, only used: a foreign hand gave it to VF 1.
     let foreign = MacAddr([2, 0xdd, 0, 0, 0, 1]);
@@ -84,14 +102,20 @@ fn p03_a_dead_owners_vf_comes_back_and_no_mac_is_given_twice() {
         mac: Some(foreign),
         ..VfConfig::default()
     };
-    let refused = process.vf().set_attributes(process.fence(), &dead, &config).expect_err("in use");
+    let refused = process
+        .vf()
+        .set_attributes(process.fence(), &dead, &config)
+        .expect_err("in use");
     assert_eq!(refused.kind, ErrorKind::Conflict);
     let live = [LeaseOwner("second".into())];
     process
         .vf()
         .get_back(process.fence(), vf(0), &live, ResetLevel::Config)
         .expect("reclaimed");
-    process.vf().make_lease(process.fence(), &second).expect("the MAC is free again");
+    process
+        .vf()
+        .make_lease(process.fence(), &second)
+        .expect("the MAC is free again");
 }
 
 /// What the application in the pod or a foreign hand changed is restored as well: by what differs, not by what we set.
@@ -101,8 +125,14 @@ fn p04_everything_is_restored_by_difference_whoever_changed_it() {
         let world = World::new(model);
         let process = world.process();
         let request = VfRequest::new("pod"); // asks for nothing, so nothing is ours to restore by memory
-        let lease = process.vf().make_lease(process.fence(), &request).expect("leased");
-        process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
+        let lease = process
+            .vf()
+            .make_lease(process.fence(), &request)
+            .expect("leased");
+        process
+            .vf()
+            .put(process.fence(), &lease, &world.place())
+            .expect("attached");
         world.machine.tamper(lease.port, |link| {
             link.mac = Some([2, 0xbb, 0, 0, 0, 1]);
             link.mtu = 1400;
@@ -112,7 +142,10 @@ fn p04_everything_is_restored_by_difference_whoever_changed_it() {
             vf.max_rate = 50;
             vf.trust = Some(true);
         });
-        process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+        process
+            .vf()
+            .end_lease(process.fence(), &lease, ResetLevel::Config)
+            .expect("released");
         world.check_clean("tampered with");
     }
 }
@@ -128,17 +161,27 @@ fn p05_configure_is_a_transaction() {
         link_state: Some(LinkState::Enable),
         ..config(2)
     };
-    let refused = process.vf().set_attributes(process.fence(), &lease, &unable).expect_err("igb cannot");
+    let refused = process
+        .vf()
+        .set_attributes(process.fence(), &lease, &unable)
+        .expect_err("igb cannot");
     assert_eq!(refused.kind, ErrorKind::Unsupported);
     assert_eq!(refused.object.as_ref().expect("named").field, "config.link_state");
-    assert_eq!(world.machine.take_calls(), Vec::<String>::new(), "nothing was touched");
+    assert_eq!(
+        world.machine.take_calls(),
+        Vec::<String>::new(),
+        "nothing was touched"
+    );
     let before = (process.state(), world.machine.admin(lease.port));
     let half = VfConfig {
         trust: Some(true),
         ..config(2)
     };
     world.machine.fail_call(1, libc::EINVAL); // the MAC is set, trust fails
-    let failed = process.vf().set_attributes(process.fence(), &lease, &half).expect_err("fails");
+    let failed = process
+        .vf()
+        .set_attributes(process.fence(), &lease, &half)
+        .expect_err("fails");
     assert_eq!(failed.effect, Effect::None, "{failed}");
     assert_eq!(failed.object.as_ref().expect("named").field, "config.trust");
     assert_eq!((process.state(), world.machine.admin(lease.port)), before);
@@ -153,17 +196,41 @@ fn p06_a_released_function_is_reset_when_asked() {
     let name = |world: &World| world.machine.netdev(lease.port).map(|link| link.name);
     let before = name(&world);
     world.machine.take_calls();
-    process.vf().end_lease(process.fence(), &lease, ResetLevel::Function).expect("released");
+    process
+        .vf()
+        .end_lease(process.fence(), &lease, ResetLevel::Function)
+        .expect("released");
     assert_eq!(name(&world), before, "the new device has the old one's name");
     let calls = world.machine.take_calls();
-    let at = |what: &str| calls.iter().position(|call| call.contains(what)).unwrap_or_else(|| panic!("{what}: {calls:#?}"));
-    assert!(at("driver/unbind") < at("/reset") && at("/reset") < at("igbvf/bind"), "{calls:#?}");
+    let at = |what: &str| {
+        calls
+            .iter()
+            .position(|call| call.contains(what))
+            .unwrap_or_else(|| panic!("{what}: {calls:#?}"))
+    };
+    assert!(
+        at("driver/unbind") < at("/reset") && at("/reset") < at("igbvf/bind"),
+        "{calls:#?}"
+    );
     world.check_clean("reset");
-    let bare = World::new(Model { flr: false, ..Model::igb() });
+    let bare = World::new(Model {
+        flr: false,
+        ..Model::igb()
+    });
     let process = bare.process();
-    assert!(!process.card.capabilities().vf.resets.contains(ResetLevels::FUNCTION));
+    assert!(
+        !process
+            .card
+            .capabilities()
+            .vf
+            .resets
+            .contains(ResetLevels::FUNCTION)
+    );
     let lease = process.lease().expect("leased");
-    let refused = process.vf().end_lease(process.fence(), &lease, ResetLevel::Function).expect_err("cannot");
+    let refused = process
+        .vf()
+        .end_lease(process.fence(), &lease, ResetLevel::Function)
+        .expect_err("cannot");
     assert_eq!(refused.kind, ErrorKind::Unsupported);
     assert!("0000:01:10.0/../../../etc".parse::<PciAddress>().is_err());
 }
@@ -174,24 +241,44 @@ fn p07_a_reset_card_begins_a_new_life_and_its_leases_can_be_had_again() {
     let world = World::new(Model::igb());
     let process = world.process();
     let lease = process.lease().expect("leased");
-    process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &lease, &world.place())
+        .expect("attached");
     let old = process.fence();
     world.machine.lose();
     let lost = process.vf().observe().expect_err("it is gone");
     assert_eq!(lost.kind, ErrorKind::DeviceLost);
     world.machine.bring_back();
-    let stale = process.vf().end_lease(old, &lease, ResetLevel::Config).expect_err("old life");
+    let stale = process
+        .vf()
+        .end_lease(old, &lease, ResetLevel::Config)
+        .expect_err("old life");
     assert_eq!(stale.kind, ErrorKind::Stale);
     assert!(process.fence().0 > old.0);
-    process.vf().set_count(process.fence(), PfIndex(0), 2).expect("made again");
+    process
+        .vf()
+        .set_count(process.fence(), PfIndex(0), 2)
+        .expect("made again");
     let former = process.card.former().expect("read").pop().expect("one lease");
     assert_eq!((&former.lease, &former.config), (&lease, &config(1)));
     let mut request = VfRequest::new(former.lease.owner.0).with_config(former.config);
     request.selector.port = Some(former.lease.port);
-    let again = process.vf().make_lease(process.fence(), &request).expect("leased again");
+    let again = process
+        .vf()
+        .make_lease(process.fence(), &request)
+        .expect("leased again");
     let place = former.attachment.expect("it was in a pod");
-    process.vf().put(process.fence(), &again, &place).expect("attached again");
-    assert_eq!(process.state().location, VfLocation::Netns { path: world.pod.clone() });
+    process
+        .vf()
+        .put(process.fence(), &again, &place)
+        .expect("attached again");
+    assert_eq!(
+        process.state().location,
+        VfLocation::Netns {
+            path: world.pod.clone()
+        }
+    );
     // A reboot of the machine is a new life too, though devices may have the same numbers again.
     let before = process.fence();
     world.machine.reboot();
@@ -208,14 +295,23 @@ fn p08_devices_are_known_by_function_and_port_never_by_name() {
         .set_eswitch_mode(process.fence(), EswitchMode::Switchdev)
         .expect("switched");
     let found = process.card.representors().expect("listed");
-    let ports: Vec<String> = found.iter().map(|representor| representor.port.to_string()).collect();
+    let ports: Vec<String> = found
+        .iter()
+        .map(|representor| representor.port.to_string())
+        .collect();
     assert_eq!(ports, ["uplink0", "uplink1", "c0pf0vf0", "c0pf0vf1"]);
     // The VF's name is another's when it comes home.
     let lease = process.lease().expect("leased");
     let name = world.machine.netdev(lease.port).expect("there").name;
-    process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &lease, &world.place())
+        .expect("attached");
     world.machine.add_foreign_device(&name, [2, 0, 0, 0, 0, 0x99]);
-    process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+    process
+        .vf()
+        .end_lease(process.fence(), &lease, ResetLevel::Config)
+        .expect("released");
     let home = world.machine.netdev(lease.port).expect("there");
     assert_ne!(home.name, name);
     assert_eq!(process.state().location, VfLocation::Host);
@@ -227,29 +323,56 @@ fn p08_devices_are_known_by_function_and_port_never_by_name() {
 /// The number of VFs goes through zero, returns what the card really gave, and is refused or planned as a drain under a lease.
 #[test]
 fn p09_the_count_goes_through_zero_and_says_what_it_got() {
-    let world = World::new(Model { firmware_vfs: 3, ..Model::igb() });
+    let world = World::new(Model {
+        firmware_vfs: 3,
+        ..Model::igb()
+    });
     let process = world.process();
     world.machine.take_calls();
-    let count = process.vf().set_count(process.fence(), PfIndex(0), 5).expect("set");
+    let count = process
+        .vf()
+        .set_count(process.fence(), PfIndex(0), 5)
+        .expect("set");
     assert_eq!((count.actual, count.needs), (3, Disruption::Reboot));
     let calls = world.machine.take_calls();
-    assert!(calls[0].contains("\"0\"") && calls[1].contains("\"5\""), "{calls:?}");
+    assert!(
+        calls[0].contains("\"0\"") && calls[1].contains("\"5\""),
+        "{calls:?}"
+    );
     process.lease().expect("leased");
-    assert_eq!(process.vf().plan(PfIndex(0), 4).expect("planned"), Disruption::Drain);
-    let refused = process.vf().set_count(process.fence(), PfIndex(0), 4).expect_err("a lease");
+    assert_eq!(
+        process.vf().plan(PfIndex(0), 4).expect("planned"),
+        Disruption::Drain
+    );
+    let refused = process
+        .vf()
+        .set_count(process.fence(), PfIndex(0), 4)
+        .expect_err("a lease");
     assert_eq!(refused.kind, ErrorKind::Busy);
     // The mode of the eswitch changes VFs too: they go first and are there again afterwards.
     let world = World::new(Model::mlx5());
     let process = world.process();
-    assert_eq!(process.card.plan_eswitch_mode(EswitchMode::Switchdev).expect("planned"), Disruption::Drain);
+    assert_eq!(
+        process
+            .card
+            .plan_eswitch_mode(EswitchMode::Switchdev)
+            .expect("planned"),
+        Disruption::Drain
+    );
     let fence = process.fence();
-    let epoch = process.card.set_eswitch_mode(fence, EswitchMode::Switchdev).expect("switched");
+    let epoch = process
+        .card
+        .set_eswitch_mode(fence, EswitchMode::Switchdev)
+        .expect("switched");
     assert!(epoch > fence.0);
     assert_eq!(process.card.capabilities().mode, "switchdev");
     assert_eq!(process.card.isolation(), Isolation::Switchdev);
     assert_eq!(process.vf().observe().expect("listed").len(), 2);
     let lease = process.lease().expect("leased");
-    let refused = process.card.set_eswitch_mode(process.fence(), EswitchMode::Legacy).expect_err("a lease");
+    let refused = process
+        .card
+        .set_eswitch_mode(process.fence(), EswitchMode::Legacy)
+        .expect_err("a lease");
     assert_eq!(refused.kind, ErrorKind::Busy, "{lease:?}");
 }
 
@@ -259,9 +382,20 @@ async fn p10_vfs_carriers_and_the_card_are_watched() {
     let world = World::new(Model::igb());
     let process = world.process();
     let mut events = process.card.events();
-    let mut next = async || timeout(Duration::from_secs(10), events.next()).await.expect("in time").expect("open");
+    let mut next = async || {
+        timeout(Duration::from_secs(10), events.next())
+            .await
+            .expect("in time")
+            .expect("open")
+    };
     world.machine.tamper(vf(0), |link| link.carrier = false);
-    assert_eq!(next().await, Event::Link { port: vf(0), up: false });
+    assert_eq!(
+        next().await,
+        Event::Link {
+            port: vf(0),
+            up: false
+        }
+    );
     let other = world.process();
     other.vf().set_count(other.fence(), PfIndex(0), 1).expect("set");
     assert_eq!(next().await, Event::VfRemoved(vf(1)));
@@ -280,18 +414,45 @@ fn p11_what_is_used_up_is_named() {
     let mut world = World::new(Model::igb());
     let process = world.process();
     for owner in ["a", "b"] {
-        process.vf().make_lease(process.fence(), &VfRequest::new(owner)).expect("leased");
+        process
+            .vf()
+            .make_lease(process.fence(), &VfRequest::new(owner))
+            .expect("leased");
     }
-    let full = process.vf().make_lease(process.fence(), &VfRequest::new("c")).expect_err("full");
-    assert_eq!((full.kind, full.retry), (ErrorKind::CapacityExceeded, dpumesh_core::Retry::AfterFree));
+    let full = process
+        .vf()
+        .make_lease(process.fence(), &VfRequest::new("c"))
+        .expect_err("full");
+    assert_eq!(
+        (full.kind, full.retry),
+        (ErrorKind::CapacityExceeded, dpumesh_core::Retry::AfterFree)
+    );
     assert_eq!(full.object.as_ref().expect("named").name, "vf");
     world = World::new(Model::igb());
     world.options.vlans = Some((100, 100));
     let process = world.process();
-    process.vf().make_lease(process.fence(), &VfRequest::new("a")).expect("VLAN 100");
-    let full = process.vf().make_lease(process.fence(), &VfRequest::new("b")).expect_err("none left");
-    assert_eq!((full.kind, &*full.object.as_ref().expect("named").name), (ErrorKind::CapacityExceeded, "vlans"));
-    assert_eq!(process.vf().observe().expect("listed").iter().filter(|vf| vf.lease.is_some()).count(), 1);
+    process
+        .vf()
+        .make_lease(process.fence(), &VfRequest::new("a"))
+        .expect("VLAN 100");
+    let full = process
+        .vf()
+        .make_lease(process.fence(), &VfRequest::new("b"))
+        .expect_err("none left");
+    assert_eq!(
+        (full.kind, &*full.object.as_ref().expect("named").name),
+        (ErrorKind::CapacityExceeded, "vlans")
+    );
+    assert_eq!(
+        process
+            .vf()
+            .observe()
+            .expect("listed")
+            .iter()
+            .filter(|vf| vf.lease.is_some())
+            .count(),
+        1
+    );
 }
 
 /// What is accepted is in effect: a driver that acknowledges a MAC and does not use it is found out.
@@ -301,9 +462,18 @@ fn p12_what_is_acknowledged_is_looked_at() {
     let process = world.process();
     let lease = process.lease().expect("leased");
     let state = process.state();
-    assert_eq!((Some(state.admin_mac), Some(state.effective_mac)), (config(1).mac, config(1).mac));
-    let attached = process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
-    assert_eq!((Some(attached.mac), Some(attached.mtu)), (config(1).mac, config(1).mtu));
+    assert_eq!(
+        (Some(state.admin_mac), Some(state.effective_mac)),
+        (config(1).mac, config(1).mac)
+    );
+    let attached = process
+        .vf()
+        .put(process.fence(), &lease, &world.place())
+        .expect("attached");
+    assert_eq!(
+        (Some(attached.mac), Some(attached.mtu)),
+        (config(1).mac, config(1).mtu)
+    );
 }
 
 /// Abilities are what the driver showed, per mode; what is not there is refused by name; what nothing protects is not leased.
@@ -311,28 +481,59 @@ fn p12_what_is_acknowledged_is_looked_at() {
 fn p13_abilities_are_probed_and_follow_the_mode() {
     let able = |model: Model| World::new(model).process().card.capabilities().vf.attributes;
     let igb = able(Model::igb());
-    assert!(!igb.intersects(VfAttributes::LINK_STATE | VfAttributes::MIN_RATE), "{igb:?}");
-    assert!(igb.contains(VfAttributes::MAC | VfAttributes::MAX_RATE | VfAttributes::TRUST | VfAttributes::MTU));
-    assert!(!igb.contains(VfAttributes::VLAN), "the card needs the VLANs for itself");
+    assert!(
+        !igb.intersects(VfAttributes::LINK_STATE | VfAttributes::MIN_RATE),
+        "{igb:?}"
+    );
+    assert!(
+        igb.contains(VfAttributes::MAC | VfAttributes::MAX_RATE | VfAttributes::TRUST | VfAttributes::MTU)
+    );
+    assert!(
+        !igb.contains(VfAttributes::VLAN),
+        "the card needs the VLANs for itself"
+    );
     let world = World::new(Model::mlx5());
     let process = world.process();
-    process.card.set_eswitch_mode(process.fence(), EswitchMode::Switchdev).expect("switched");
-    assert!(process.card.capabilities().vf.attributes.contains(VfAttributes::VLAN), "they are the owners' in switchdev");
+    process
+        .card
+        .set_eswitch_mode(process.fence(), EswitchMode::Switchdev)
+        .expect("switched");
+    assert!(
+        process
+            .card
+            .capabilities()
+            .vf
+            .attributes
+            .contains(VfAttributes::VLAN),
+        "they are the owners' in switchdev"
+    );
 
     let machine = FakeMachine::new(Model::bare()).expect("a machine");
     let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
-    let open = |options: &Options| Card::open_on(options.clone(), Arc::new(machine.clone()), Parts::default()).expect("opened");
+    let open = |options: &Options| {
+        Card::open_on(options.clone(), Arc::new(machine.clone()), Parts::default()).expect("opened")
+    };
     let card = open(&options);
     let fence = dpumesh_core::BackendExt::fence(&*card);
     card.vfs().set_count(fence, PfIndex(0), 1).expect("made");
-    let refused = card.vfs().make_lease(fence, &VfRequest::new("pod")).expect_err("nothing protects it");
+    let refused = card
+        .vfs()
+        .make_lease(fence, &VfRequest::new("pod"))
+        .expect_err("nothing protects it");
     assert_eq!(refused.kind, ErrorKind::Denied);
-    assert!(refused.message.contains("frames from VF to VF would never be seen"), "{refused}");
+    assert!(
+        refused
+            .message
+            .contains("frames from VF to VF would never be seen"),
+        "{refused}"
+    );
     drop(card);
     options.protect = Protect::Waived;
     let card = open(&options);
     assert!(!card.isolation().holds());
-    card.vfs().make_lease(fence, &VfRequest::new("pod")).expect("waived");
+    card.vfs()
+        .make_lease(fence, &VfRequest::new("pod"))
+        .expect("waived");
 }
 
 /// Each leased VF is alone in its VLAN, from before the lease is given until after it is back; so what counts frames by VLAN counts
@@ -342,11 +543,21 @@ fn p14_a_leased_vf_is_alone_in_its_vlan() {
     let world = World::new(Model::igb());
     let process = world.process();
     assert_eq!(process.card.isolation(), Isolation::VlanPerVf);
-    let owners = ["a", "b"].map(|owner| process.vf().make_lease(process.fence(), &VfRequest::new(owner)).expect("leased"));
-    let vlans = owners.clone().map(|lease| world.machine.admin(lease.port).expect("there").vlan);
+    let owners = ["a", "b"].map(|owner| {
+        process
+            .vf()
+            .make_lease(process.fence(), &VfRequest::new(owner))
+            .expect("leased")
+    });
+    let vlans = owners
+        .clone()
+        .map(|lease| world.machine.admin(lease.port).expect("there").vlan);
     assert_eq!(vlans, [3000, 3001]);
     for lease in owners {
-        process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+        process
+            .vf()
+            .end_lease(process.fence(), &lease, ResetLevel::Config)
+            .expect("released");
     }
     world.check_clean("released");
 }
@@ -358,7 +569,10 @@ fn p15_a_crash_leaves_a_record_that_the_next_process_takes_up() {
     let world = World::new(Model::igb());
     let process = world.process();
     let lease = process.lease().expect("leased");
-    process.vf().put(process.fence(), &lease, &world.place()).expect("attached");
+    process
+        .vf()
+        .put(process.fence(), &lease, &world.place())
+        .expect("attached");
     drop(process);
     let journal = world.machine.directory();
     for slot in ["state.0", "state.1"] {
@@ -367,12 +581,20 @@ fn p15_a_crash_leaves_a_record_that_the_next_process_takes_up() {
         let process = world.process();
         let state = process.state();
         assert_eq!(state.lease, Some(lease.clone()), "{slot} is torn");
-        assert_eq!(state.location, VfLocation::Netns { path: world.pod.clone() });
+        assert_eq!(
+            state.location,
+            VfLocation::Netns {
+                path: world.pod.clone()
+            }
+        );
         drop(process);
         std::fs::write(journal.join(slot), whole).expect("mended");
     }
     let process = world.process();
-    process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+    process
+        .vf()
+        .end_lease(process.fence(), &lease, ResetLevel::Config)
+        .expect("released");
     world.check_clean("taken up");
 }
 
@@ -381,12 +603,18 @@ fn a_vf_goes_to_vfio_and_comes_home() {
     let world = World::new(Model::mlx5());
     let process = world.process();
     let lease = process.lease().expect("leased");
-    let attached = process.vf().put(process.fence(), &lease, &Attachment::Vfio).expect("attached");
+    let attached = process
+        .vf()
+        .put(process.fence(), &lease, &Attachment::Vfio)
+        .expect("attached");
     assert_eq!((Some(attached.mac), attached.ifindex), (config(1).mac, None));
     assert_eq!(process.state().location, VfLocation::Driver("vfio-pci".into()));
     process.vf().fetch(process.fence(), &lease).expect("fetched");
     assert_eq!(process.state().location, VfLocation::Host);
-    process.vf().end_lease(process.fence(), &lease, ResetLevel::Config).expect("released");
+    process
+        .vf()
+        .end_lease(process.fence(), &lease, ResetLevel::Config)
+        .expect("released");
     assert_eq!(process.state().mtu, Mtu::ETHERNET);
 }
 
@@ -394,13 +622,25 @@ fn a_vf_goes_to_vfio_and_comes_home() {
 fn ports_of_the_second_function_are_its_own() {
     let world = World::new(Model::mlx5());
     let process = world.process();
-    process.vf().set_count(process.fence(), PfIndex(1), 3).expect("made");
+    process
+        .vf()
+        .set_count(process.fence(), PfIndex(1), 3)
+        .expect("made");
     let mut request = VfRequest::new("pod").with_config(config(3));
     request.selector.pf = Some(PfIndex(1));
-    let lease = process.vf().make_lease(process.fence(), &request).expect("leased");
+    let lease = process
+        .vf()
+        .make_lease(process.fence(), &request)
+        .expect("leased");
     assert_eq!(lease.port, port(1, 0));
     // VLANs of the second function begin behind those of the first.
     assert_eq!(world.machine.admin(lease.port).expect("there").vlan, 3008);
-    assert_eq!(process.vf().plan(PfIndex(0), 0).expect("planned"), Disruption::None);
-    assert_eq!(process.vf().plan(PfIndex(1), 0).expect("planned"), Disruption::Drain);
+    assert_eq!(
+        process.vf().plan(PfIndex(0), 0).expect("planned"),
+        Disruption::None
+    );
+    assert_eq!(
+        process.vf().plan(PfIndex(1), 0).expect("planned"),
+        Disruption::Drain
+    );
 }

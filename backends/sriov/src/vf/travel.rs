@@ -187,7 +187,7 @@ impl SriovVf {
             .unwrap_or_default();
         let mac = config
             .mac
-            .or(before.as_ref().map(|before| before.mac))
+            .or_else(|| before.as_ref().map(|before| before.mac))
             .unwrap_or_default();
         let mtu = before.map_or_else(Default::default, |before| mtu_of(before.mtu));
         Ok(AttachedVf::new(mac, config.mtu.unwrap_or(mtu), None))
@@ -289,7 +289,7 @@ pub(super) fn bind(change: &Change<'_>, function: &VirtualFunction, driver: Opti
     let kernel = change.kernel();
     let dir = discover::directory(function.pci);
     let pci = function.pci.to_string();
-    let now = change.inner_driver(function);
+    let now = discover::driver_of(change.kernel().sysfs(), function.pci);
     if now.as_deref() == driver && driver.is_some() {
         return Ok(());
     }
@@ -312,7 +312,7 @@ pub(super) fn bind(change: &Change<'_>, function: &VirtualFunction, driver: Opti
 
 /// Takes a function from its driver and gives it to its network driver again: a device that is nowhere comes back.
 pub(super) fn rebind(change: &Change<'_>, function: &VirtualFunction, driver: Option<&str>) -> Outcome<()> {
-    let now = change.inner_driver(function);
+    let now = discover::driver_of(change.kernel().sysfs(), function.pci);
     if now.is_some() {
         change
             .kernel()
@@ -325,15 +325,6 @@ pub(super) fn rebind(change: &Change<'_>, function: &VirtualFunction, driver: Op
 pub(super) fn unbind(change: &Change<'_>, function: &VirtualFunction) -> Outcome<()> {
     let unbind = discover::directory(function.pci).join("driver/unbind");
     change.kernel().write(&unbind, &function.pci.to_string())
-}
-
-impl Change<'_> {
-    /// The driver that a function has at this moment.
-    fn inner_driver(&self, function: &VirtualFunction) -> Option<String> {
-        let all = self.vfs().into_iter();
-        let mut same = all.filter(|(_, other)| other.pci == function.pci);
-        same.next().and_then(|(_, function)| function.driver)
-    }
 }
 
 fn elsewhere(change: &Change<'_>, port: PortRef, found: &Whereabouts) -> Error {

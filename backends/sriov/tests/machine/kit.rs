@@ -8,13 +8,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use dpumesh_core::offload::Program;
+use dpumesh_core::vf::ResetLevel;
 use dpumesh_core::{Backend, BackendExt, Error, ErrorKind, PciAddress, PfIndex, PortRef, Result};
 use dpumesh_hw::conformance::{
-    Clock, Crash, Expectations, Fixture, Namespaces, Probe, Reset, Rig, Sabotage, run as run_kit,
+    CASES, Case, Clock, Crash, Expectations, Fixture, Namespaces, Probe, Report, Reset, Rig, Sabotage, run as run_kit,
 };
 use dpumesh_hw::netlink::{
     BridgeMode, DevlinkPort, EswitchMode, Link, LinkChange, LinkIndex, Netlink, Vf, VfSetting,
@@ -32,7 +33,8 @@ const DRIVER: &str = "/sys/bus/pci/drivers/igb";
 static DIRECTORIES: AtomicU32 = AtomicU32::new(0);
 
 pub(crate) fn run(filter: &str) -> std::result::Result<(), String> {
-    let expected = Expectations::from_json(include_str!("expected.json")).map_err(|error| error.to_string())?;
+    let expected =
+        Expectations::from_json(include_str!("expected.json")).map_err(|error| error.to_string())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -40,13 +42,37 @@ pub(crate) fn run(filter: &str) -> std::result::Result<(), String> {
     let fixture = Arc::new(RealFixture {
         expected: expected.clone(),
     });
-    let report = runtime.block_on(run_kit(fixture, filter, Duration::from_secs(60)));
+    // One by one, so that what was found is told even if the machine's time is up.
+    let mut report: Option<Report> = None;
+    let wanted = |case: &&Case| case.name.contains(filter) || case.part == filter;
+    for case in CASES.iter().filter(wanted) {
+        let begun = Instant::now();
+        let fixture = Arc::<RealFixture>::clone(&fixture);
+        let mut one = runtime.block_on(run_kit(fixture, case.name, Duration::from_secs(60)));
+        // A name may be a part of another's.
+        one.entries.retain(|entry| entry.case == case.name);
+        let outcomes = one.entries.iter().map(|entry| entry.outcome.to_string());
+        let outcomes: Vec<String> = outcomes.collect();
+        println!("kit: {} {} {:?}: {}", case.part, case.name, begun.elapsed(), outcomes.join(", "));
+        match &mut report {
+            Some(report) => report.entries.extend(one.entries),
+            None => report = Some(one),
+        }
+    }
+    let report = report.ok_or("no such case")?;
     println!("{report}");
     let _ = std::fs::write("/out/expected.json", report.to_expectations(&expected).to_json());
     if !filter.is_empty() {
-        return report.is_clean().then_some(()).ok_or_else(|| "not clean".to_owned());
+        return report
+            .is_clean()
+            .then_some(())
+            .ok_or_else(|| "not clean".to_owned());
     }
-    let differences: Vec<String> = report.differences(&expected).iter().map(ToString::to_string).collect();
+    let differences: Vec<String> = report
+        .differences(&expected)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     if differences.is_empty() {
         return Ok(());
     }
@@ -61,21 +87,51 @@ pub(crate) fn fresh() -> std::result::Result<Options, String> {
     if !dir.join("driver").exists() {
         std::fs::write(format!("{DRIVER}/bind"), PF).map_err(text)?;
     }
-    std::fs::write(dir.join("sriov_numvfs"), "0").map_err(text)?;
     switch_on()?;
-    // Before the card is opened: it need not make one then to find out what it is able to do.
-    std::fs::write(dir.join("sriov_numvfs"), VFS.to_string()).map_err(text)?;
+    if !is_clean()? {
+        // Before the card is opened: it need not make one then to find out what it is able to do.
+        for count in [0, VFS] {
+            std::fs::write(dir.join("sriov_numvfs"), count.to_string()).map_err(text)?;
+        }
+    }
     let number = DIRECTORIES.fetch_add(1, Ordering::Relaxed);
     let mut options = Options::new(device, "dpu0", format!("/tmp/journal{number}"));
     options.vlans = Some((3000, 3100));
     Ok(options)
 }
 
+/// The VFs are there, at home, and nothing is left of the last case: making them anew takes this machine seconds.
+fn is_clean() -> std::result::Result<bool, String> {
+    let mut netlink = Netlink::open().map_err(|error| error.to_string())?;
+    let links = netlink.links().map_err(|error| error.to_string())?;
+    let pf = links
+        .iter()
+        .find(|link| link.parent.as_deref() == Some(PF))
+        .ok_or("the PF has no device")?;
+    let vfs = netlink.vfs(pf.index).map_err(|error| error.to_string())?;
+    let blank = |vf: &&Vf| {
+        let mut blank = Vf::new(vf.index);
+        // The driver tells the MAC that a VF chose as one that the PF gave.
+        (blank.mac, blank.spoof_check, blank.trust) = (vf.mac, Some(true), Some(false));
+        **vf == blank
+    };
+    let functions = dpumesh_sriov::discover::vfs(Path::new("/sys"), PF.parse().map_err(|_| "PF")?);
+    let at_home = |function: &&dpumesh_sriov::discover::VirtualFunction| {
+        let link = dpumesh_sriov::discover::netdev_of(&links, function.pci);
+        link.is_some_and(|link| link.mtu == 1500 && !link.up && link.name.starts_with("eth"))
+    };
+    let wanted = usize::from(VFS);
+    Ok(vfs.iter().filter(blank).count() == wanted && functions.iter().filter(at_home).count() == wanted)
+}
+
 /// `igb` answers its VFs only while it is up.
 fn switch_on() -> std::result::Result<(), String> {
     let mut netlink = Netlink::open().map_err(|error| error.to_string())?;
     let links = netlink.links().map_err(|error| error.to_string())?;
-    let link = links.iter().find(|link| link.parent.as_deref() == Some(PF)).ok_or("the PF has no device")?;
+    let link = links
+        .iter()
+        .find(|link| link.parent.as_deref() == Some(PF))
+        .ok_or("the PF has no device")?;
     if link.up {
         return Ok(());
     }
@@ -106,7 +162,9 @@ impl Fixture for RealFixture {
             jammed: AtomicBool::new(false),
         });
         let card = Card::open_on(options.clone(), Arc::<Jammable>::clone(&kernel), Parts::default())?;
-        card.require_vf()?.set_vf_count(card.fence(), PfIndex(0), VFS).await?;
+        card.require_vf()?
+            .set_vf_count(card.fence(), PfIndex(0), VFS)
+            .await?;
         Ok(Box::new(RealRig {
             options,
             kernel,
@@ -127,6 +185,33 @@ struct RealRig {
     card: Mutex<Arc<Card>>,
     pods: Mutex<HashMap<PathBuf, Namespace>>,
     strays: Mutex<Vec<Namespace>>,
+}
+
+impl Drop for RealRig {
+    /// What the case left leased is released, which leaves nothing for the next one to make anew.
+    fn drop(&mut self) {
+        self.kernel.jammed.store(false, Ordering::Relaxed);
+        let card = self.card();
+        let released = std::thread::spawn(move || -> std::result::Result<(), String> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .map_err(|error| error.to_string())?;
+            runtime.block_on(async {
+                let vf = card.require_vf().map_err(|error| error.to_string())?;
+                let states = vf.list().await.map_err(|error| error.to_string())?;
+                for lease in states.into_iter().filter_map(|state| state.lease) {
+                    let done = vf.release(card.fence(), &lease, ResetLevel::Config).await;
+                    done.map_err(|error| error.to_string())?;
+                }
+                Ok(())
+            })
+        });
+        match released.join() {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => println!("machine: left behind: {reason}"),
+            Err(_) => println!("machine: the clean-up panicked"),
+        }
+    }
 }
 
 impl RealRig {
@@ -192,7 +277,9 @@ impl Reset for RealRig {
         switch_on().map_err(failed)?;
         let card = self.card();
         card.look();
-        card.require_vf()?.set_vf_count(card.fence(), PfIndex(0), VFS).await?;
+        card.require_vf()?
+            .set_vf_count(card.fence(), PfIndex(0), VFS)
+            .await?;
         Ok(())
     }
 }
@@ -202,7 +289,10 @@ impl Namespaces for RealRig {
     async fn fresh(&self) -> Result<PathBuf> {
         let pod = Namespace::create().map_err(failed)?;
         let path = pod.path();
-        self.pods.lock().expect("no panic under it").insert(path.clone(), pod);
+        self.pods
+            .lock()
+            .expect("no panic under it")
+            .insert(path.clone(), pod);
         Ok(path)
     }
 
@@ -231,7 +321,10 @@ impl Sabotage for RealRig {
 
     async fn strand(&self, port: PortRef) -> Result<()> {
         let states = self.card().require_vf()?.list().await?;
-        let pci = states.iter().find(|state| state.port == port).and_then(|state| state.pci);
+        let pci = states
+            .iter()
+            .find(|state| state.port == port)
+            .and_then(|state| state.pci);
         let pci = pci.ok_or_else(|| failed("no such VF"))?.to_string();
         let away = Namespace::create().map_err(failed)?;
         let mut netlink = Netlink::open().map_err(failed)?;

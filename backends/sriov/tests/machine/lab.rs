@@ -26,18 +26,30 @@ pub(crate) fn run() -> Result<(), String> {
     lab.experiment("nothing set", &[])?;
     for mode in [BridgeMode::Vepa, BridgeMode::Veb] {
         let answer = lab.netlink.set_bridge_mode(lab.pf, mode);
-        println!("lab: set hwmode {mode:?}: {:?}", answer.map_err(|error| error.to_string()));
+        println!(
+            "lab: set hwmode {mode:?}: {:?}",
+            answer.map_err(|error| error.to_string())
+        );
     }
-    println!("lab: get hwmode: {:?}", lab.netlink.bridge_mode(lab.pf).map_err(|error| error.to_string()));
+    println!(
+        "lab: get hwmode: {:?}",
+        lab.netlink.bridge_mode(lab.pf).map_err(|error| error.to_string())
+    );
     lab.experiment("one VLAN for all: 101 101 101", &[101, 101, 101])?;
     lab.experiment("a VLAN each: 101 102 103", &[101, 102, 103])?;
     for vid in [101, 102] {
-        ip(&lab.host, &format!("link add link eth0 name eth0.{vid} type vlan id {vid}"))?;
+        ip(
+            &lab.host,
+            &format!("link add link eth0 name eth0.{vid} type vlan id {vid}"),
+        )?;
         ip(&lab.host, &format!("link set eth0.{vid} up"))?;
     }
     lab.experiment("a VLAN each, the PF in 101 and 102", &[101, 102, 103])?;
     ip(&lab.host, "link set eth0 promisc on")?;
-    lab.experiment("a VLAN each, the PF in 101 and 102 and promiscuous", &[101, 102, 103])?;
+    lab.experiment(
+        "a VLAN each, the PF in 101 and 102 and promiscuous",
+        &[101, 102, 103],
+    )?;
     for vid in [101, 102] {
         ip(&lab.host, &format!("link del eth0.{vid}"))?;
     }
@@ -47,7 +59,10 @@ pub(crate) fn run() -> Result<(), String> {
         println!("lab: trust {vf}: {:?}", answer.map_err(|error| error.to_string()));
     }
     ip(&lab.pods[1], "link set net1 promisc on")?;
-    lab.experiment("a VLAN each, VF 1 trusted and promiscuous, the PF promiscuous", &[101, 102, 103])?;
+    lab.experiment(
+        "a VLAN each, VF 1 trusted and promiscuous, the PF promiscuous",
+        &[101, 102, 103],
+    )?;
     lab.netlink
         .change_link(lab.pf, &LinkChange::new().down())
         .map_err(|error| error.to_string())?;
@@ -62,7 +77,8 @@ impl Lab {
         let host = Namespace::current().map_err(|error| text(&error))?;
         ip(&host, "link set eth0 up")?;
         ip(&host, "link set eth1 up promisc on")?;
-        std::fs::write(format!("/sys/bus/pci/devices/{PF}/sriov_numvfs"), "3").map_err(|error| text(&error))?;
+        std::fs::write(format!("/sys/bus/pci/devices/{PF}/sriov_numvfs"), "3")
+            .map_err(|error| text(&error))?;
         let mut netlink = Netlink::open().map_err(|error| text(&error))?;
         let pf = netlink.link(PF_NETDEV).map_err(|error| text(&error))?.index;
         let vfs = netlink.vfs(pf).map_err(|error| text(&error))?;
@@ -72,25 +88,45 @@ impl Lab {
         for (vf, name) in ["VF 0", "VF 1", "VF 2"].into_iter().enumerate() {
             let target = std::fs::read_link(format!("/sys/bus/pci/devices/{PF}/virtfn{vf}"));
             let pci = target.map_err(|error| text(&error))?;
-            let pci = pci.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+            let pci = pci
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default()
+                .to_owned();
             let links = netlink.links().map_err(|error| text(&error))?;
-            let link = links.iter().find(|link| link.parent.as_deref() == Some(&pci)).ok_or("no netdev")?;
+            let link = links
+                .iter()
+                .find(|link| link.parent.as_deref() == Some(&pci))
+                .ok_or("no netdev")?;
             println!("lab: {name} {pci} {link:?}");
             let pod = Namespace::create().map_err(|error| text(&error))?;
             let change = LinkChange::new().down().namespace(&pod).name("net1");
-            netlink.change_link(link.index, &change).map_err(|error| text(&error))?;
+            netlink
+                .change_link(link.index, &change)
+                .map_err(|error| text(&error))?;
             ends.push(End::open(name, &pod, "net1")?);
             pods.push(pod);
         }
         ends.push(End::open("PF", &host, PF_NETDEV)?);
         ends.push(End::open("wire", &host, WIRE_NETDEV)?);
-        Ok(Self { host, pods, netlink, pf, ends, mark: 0 })
+        Ok(Self {
+            host,
+            pods,
+            netlink,
+            pf,
+            ends,
+            mark: 0,
+        })
     }
 
     fn experiment(&mut self, what: &str, vlans: &[u16]) -> Result<(), String> {
         println!("\nlab: == {what}");
         for (vf, id) in (0..).zip(vlans) {
-            let setting = VfSetting::Vlan { id: *id, qos: 0, protocol: 0x8100 };
+            let setting = VfSetting::Vlan {
+                id: *id,
+                qos: 0,
+                protocol: 0x8100,
+            };
             let answer = self.netlink.set_vf(self.pf, vf, &setting);
             if let Err(error) = answer {
                 println!("lab: VLAN {id} of VF {vf}: {error}");
@@ -119,7 +155,14 @@ impl Lab {
         Ok(())
     }
 
-    fn ask(&mut self, sender: usize, to: [u8; 6], name: &str, from: [u8; 6], vlan: Option<u16>) -> Result<(), String> {
+    fn ask(
+        &mut self,
+        sender: usize,
+        to: [u8; 6],
+        name: &str,
+        from: [u8; 6],
+        vlan: Option<u16>,
+    ) -> Result<(), String> {
         for end in &mut self.ends {
             end.seen();
         }
@@ -129,7 +172,11 @@ impl Lab {
         thread::sleep(SILENCE);
         let mut witnesses = Vec::new();
         for (index, end) in self.ends.iter_mut().enumerate() {
-            for (_, vlan) in end.seen().into_iter().filter(|(seen, _)| index != sender && *seen == mark) {
+            for (_, vlan) in end
+                .seen()
+                .into_iter()
+                .filter(|(seen, _)| index != sender && *seen == mark)
+            {
                 witnesses.push(match vlan {
                     Some(vlan) => format!("{} (tag {vlan})", end.name),
                     None => end.name.to_owned(),
@@ -137,7 +184,11 @@ impl Lab {
             }
         }
         let sender = self.ends[sender].name;
-        println!("lab: {sender} to {name}: seen by [{}]{}", witnesses.join(", "), sent.err().map_or_else(String::new, |error| format!(" ({error})")));
+        println!(
+            "lab: {sender} to {name}: seen by [{}]{}",
+            witnesses.join(", "),
+            sent.err().map_or_else(String::new, |error| format!(" ({error})"))
+        );
         Ok(())
     }
 }

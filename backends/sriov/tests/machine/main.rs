@@ -2,8 +2,10 @@
 //! a cable. Started inside it by `tests/qemu/run PROGRAM [lab | kit | own | bench]`; elsewhere there is no such card, and
 //! the program says so and succeeds.
 
+mod bench;
 mod kit;
 mod lab;
+mod own;
 mod wire;
 
 use std::path::Path;
@@ -24,6 +26,8 @@ fn main() -> ExitCode {
     let part = std::env::args().nth(1).unwrap_or_default();
     let done = match part.as_str() {
         "lab" => lab::run(),
+        "own" => own::run(),
+        "bench" => bench::run(),
         "kit" => kit::run(&std::env::args().nth(2).unwrap_or_default()),
         _ => Err(format!("no part `{part}`")),
     };

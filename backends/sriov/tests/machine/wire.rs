@@ -43,7 +43,13 @@ impl End {
     }
 
     /// Sends a marked frame.
-    pub(crate) fn send(&mut self, to: [u8; 6], from: [u8; 6], vlan: Option<u16>, mark: u32) -> Result<(), String> {
+    pub(crate) fn send(
+        &mut self,
+        to: [u8; 6],
+        from: [u8; 6],
+        vlan: Option<u16>,
+        mark: u32,
+    ) -> Result<(), String> {
         let mut octets = Vec::new();
         octets.extend(to);
         octets.extend(from);
@@ -55,7 +61,10 @@ impl End {
         octets.extend(mark.to_be_bytes());
         octets.resize(64, 0);
         let mut frames = [Frame::copy_of(&octets)];
-        self.port.transmit(&mut frames).map(drop).map_err(|error| error.to_string())
+        self.port
+            .transmit(&mut frames)
+            .map(drop)
+            .map_err(|error| error.to_string())
     }
 
     /// Marks of frames that arrived, with the VLAN tag that they had.
