@@ -34,10 +34,11 @@
 //! * Spoof check alone stops nothing here, and `igb` refuses `hwmode vepa` (`EOPNOTSUPP`).
 //! * With the PF switched off nothing passes at all.
 
-use dpumesh_core::{ErrorKind, PfIndex, Result, VfAttributes};
-use dpumesh_hw::netlink::{BridgeMode, EswitchMode};
+use dpumesh_core::{ErrorKind, PfIndex, PortRef, Result, VfAttributes, VlanId};
+use dpumesh_hw::netlink::{BridgeMode, EswitchMode, LinkIndex};
 use serde::{Deserialize, Serialize};
 
+use crate::Card;
 use crate::card::{Change, indices};
 use crate::options::Protect;
 
@@ -76,6 +77,48 @@ impl Isolation {
     /// Frames of a VF reach the host, where a dataplane can take them.
     pub fn intercepts(&self) -> bool {
         matches!(self, Self::Switchdev | Self::VlanPerVf)
+    }
+}
+
+/// How frames of a leased VF are found on the trunk that its physical function is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TrunkPort {
+    /// The VF.
+    pub port: PortRef,
+    /// The tag that its frames have there, and that a frame for it must have. Nothing that the VF sends changes it.
+    pub vlan: VlanId,
+    /// The physical function's device in the host's namespace.
+    pub link: LinkIndex,
+    /// That device's name now, for display only.
+    pub name: String,
+}
+
+impl Card {
+    /// The leased VFs of a card with [`Isolation::VlanPerVf`], by ascending port: what representors are in switchdev mode, tags
+    /// on the PF are here. None otherwise.
+    ///
+    /// # Errors
+    /// `DeviceLost`, `Io`.
+    pub fn trunk(&self) -> Result<Vec<TrunkPort>> {
+        let change = self.inner().look("sriov.trunk")?;
+        let mut ports = Vec::new();
+        for (port, function) in &change.record.functions {
+            let (Some(_), Some((pf, _))) = (&function.held, indices(*port)) else {
+                continue;
+            };
+            let Some(vlan) = vlan_of(&change, *port)?.and_then(|id| VlanId::try_from(id).ok()) else {
+                continue;
+            };
+            let link = change.pf_link(pf)?;
+            ports.push(TrunkPort {
+                port: *port,
+                vlan,
+                link: link.index,
+                name: link.name.clone(),
+            });
+        }
+        Ok(ports)
     }
 }
 
@@ -121,7 +164,7 @@ pub(crate) fn judge(change: &Change<'_>, attributes: VfAttributes) -> Result<Iso
     })
 }
 
-/// Refuses a lease on a card where a protected pod could be bypassed.
+/// Refuses a lease, or the SoC's half of one, on a card where a protected pod could be bypassed.
 pub(crate) fn admit(change: &Change<'_>) -> Result<()> {
     match (&change.record.abilities.isolation, change.inner.options.protect) {
         (Isolation::None { reason }, Protect::Required) => Err(change
@@ -135,7 +178,7 @@ pub(crate) fn admit(change: &Change<'_>) -> Result<()> {
 }
 
 /// The VLAN in which a leased VF is alone; `None` where VLANs are the owners'.
-pub(crate) fn vlan_of(change: &Change<'_>, port: dpumesh_core::PortRef) -> Result<Option<u16>> {
+pub(crate) fn vlan_of(change: &Change<'_>, port: PortRef) -> Result<Option<u16>> {
     if !owns_vlans(change) {
         return Ok(None);
     }

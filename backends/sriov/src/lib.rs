@@ -38,7 +38,7 @@ mod vf;
 
 pub use card::{Card, FormerLease, Parts};
 pub use eswitch::Representor;
-pub use isolation::Isolation;
+pub use isolation::{Isolation, TrunkPort};
 pub use options::{Options, Protect};
 
 /// Compiles the example.

@@ -1,6 +1,6 @@
 //! A card that is not there: a sysfs tree in a temporary directory and a kernel that is a small state machine.
 //!
-//! [`FakeMachine`] fills the [`Kernel`] seam with what a NIC, its driver and the network namespaces of a machine do: writing
+//! [`FakeMachine`] fills the [`Kernel`](crate::kernel::Kernel) seam with what a NIC, its driver and the network namespaces of a machine do: writing
 //! `sriov_numvfs` makes functions with network devices, attributes are taken or refused as the [`Model`] says, a device moves
 //! between namespaces, a namespace dies under it, the card vanishes and returns. Calls can be made to fail or to be the last
 //! thing that a process does. So the conformance kit runs as nobody, and cards can be tested that no test machine has.

@@ -107,6 +107,7 @@ impl SriovVf {
             return Err(change.refuse(ErrorKind::Stale, message).field("lease.epoch"));
         }
         change.function(lease.port)?;
+        isolation::admit(&change)?;
         let function = change.record.functions.entry(lease.port).or_default();
         match &function.admitted {
             Some(held) if held == lease => Ok(()),

@@ -553,6 +553,12 @@ fn p14_a_leased_vf_is_alone_in_its_vlan() {
         .clone()
         .map(|lease| world.machine.admin(lease.port).expect("there").vlan);
     assert_eq!(vlans, [3000, 3001]);
+    let trunk = process.card.trunk().expect("listed");
+    let told: Vec<_> = trunk
+        .iter()
+        .map(|port| (port.port, port.vlan.get(), port.name.as_str()))
+        .collect();
+    assert_eq!(told, [(vf(0), 3000, "ens1f0"), (vf(1), 3001, "ens1f0")]);
     for lease in owners {
         process
             .vf()

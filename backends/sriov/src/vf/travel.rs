@@ -4,6 +4,9 @@
 //! and its name in one request, so that it is never seen under a wrong name. A function whose namespace died was put into the
 //! machine's first namespace by the kernel; one that is nowhere is taken from its driver and given back.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use dpumesh_core::vf::{AttachedVf, Attachment, VfLease};
 use dpumesh_core::{Effect, Error, ErrorKind, Fence, PortRef, Result, Retry};
 use dpumesh_hw::netlink::Link;
@@ -211,7 +214,7 @@ impl SriovVf {
     ) -> Result<()> {
         change.refresh()?;
         let held = change.record.held(port).cloned();
-        match change.locate(port, function)? {
+        match await_return(change, port, function)? {
             Whereabouts::Netdev { spot: Spot::Host, .. } => {}
             Whereabouts::Netdev { spot, link } => self.move_home(change, port, &spot, &link)?,
             _ => {
@@ -256,6 +259,29 @@ impl SriovVf {
             .object(port))
     }
 }
+
+/// A namespace that died is taken apart in the background; only then the kernel puts its devices into the machine's first one. To
+/// take the driver away meanwhile would race with that, so a VF that is on its way is waited for, for a bounded time.
+fn await_return(change: &mut Change<'_>, port: PortRef, function: &VirtualFunction) -> Result<Whereabouts> {
+    let was_away = change
+        .record
+        .held(port)
+        .is_some_and(|held| held.place != Place::Host || held.going.is_some());
+    let until = Instant::now() + RETURN;
+    loop {
+        let found = change.locate(port, function)?;
+        let on_its_way = was_away && matches!(found, Whereabouts::Nowhere);
+        if !on_its_way || Instant::now() >= until {
+            return Ok(found);
+        }
+        thread::sleep(PAUSE);
+        change.refresh()?;
+    }
+}
+
+/// The kernel has taken a namespace apart within this time.
+const RETURN: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(10);
 
 impl Change<'_> {
     fn write_going(&mut self, port: PortRef, going: Place) -> Result<()> {

@@ -15,7 +15,8 @@ use dpumesh_core::offload::Program;
 use dpumesh_core::vf::ResetLevel;
 use dpumesh_core::{Backend, BackendExt, Error, ErrorKind, PciAddress, PfIndex, PortRef, Result};
 use dpumesh_hw::conformance::{
-    CASES, Case, Clock, Crash, Expectations, Fixture, Namespaces, Probe, Report, Reset, Rig, Sabotage, run as run_kit,
+    CASES, Case, Clock, Crash, Expectations, Fixture, Namespaces, Probe, Report, Reset, Rig, Sabotage,
+    run as run_kit,
 };
 use dpumesh_hw::netlink::{
     BridgeMode, DevlinkPort, EswitchMode, Link, LinkChange, LinkIndex, Netlink, Vf, VfSetting,
@@ -53,7 +54,13 @@ pub(crate) fn run(filter: &str) -> std::result::Result<(), String> {
         one.entries.retain(|entry| entry.case == case.name);
         let outcomes = one.entries.iter().map(|entry| entry.outcome.to_string());
         let outcomes: Vec<String> = outcomes.collect();
-        println!("kit: {} {} {:?}: {}", case.part, case.name, begun.elapsed(), outcomes.join(", "));
+        println!(
+            "kit: {} {} {:?}: {}",
+            case.part,
+            case.name,
+            begun.elapsed(),
+            outcomes.join(", ")
+        );
         match &mut report {
             Some(report) => report.entries.extend(one.entries),
             None => report = Some(one),
