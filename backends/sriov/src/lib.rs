@@ -17,6 +17,7 @@
 //! | `vf` | leases, attributes, attaching, releasing, reclaiming |
 //! | [`isolation`] | frames from VF to VF |
 //! | [`eswitch`] | its mode, representors |
+//! | [`flower`] | steering rules as filters of `tc flower` |
 //! | [`kernel`] | the seam to Linux |
 //! | `events` | a card that goes and comes, VFs and carriers |
 //!
@@ -30,6 +31,7 @@ pub mod eswitch;
 mod events;
 #[cfg(feature = "fake")]
 pub mod fake;
+pub mod flower;
 pub mod isolation;
 pub mod kernel;
 mod options;
