@@ -10,6 +10,7 @@
 //!
 //! [required.steering]          # as `Capabilities`; numbers are the least, sets must be contained
 //! rules = 1000
+//! actions = "DROP | FORWARD | PUNT"
 //! ```
 //!
 //! A library runs with all rights of this process. So its path is absolute (no search path decides what is loaded), and it, the
@@ -157,6 +158,8 @@ pub(super) fn check_trust(path: &Path) -> Result<PathBuf, LoadError> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use dpumesh_core::ActionKinds;
+
     use super::*;
 
     fn file(folder: &Path, name: &str, text: &str, mode: u32) -> PathBuf {
@@ -170,12 +173,16 @@ mod tests {
     fn a_manifest_says_what_to_load_and_what_it_must_do() {
         let folder = tempfile::tempdir().expect("a folder");
         let text = "library = \"/usr/lib/x.so\"\ncalls = \"inline\"\n[config]\ndevice = \"0000:3b:00.0\"\n\
-                    [required.steering]\nrules = 1000\nactions = 3\n";
+                    [required.steering]\nrules = 1000\nactions = \"DROP | PUNT\"\n";
         let manifest = Manifest::read(file(folder.path(), "good.toml", text, 0o644)).expect("a manifest");
         assert_eq!(manifest.library, Path::new("/usr/lib/x.so"));
         assert_eq!((manifest.calls, manifest.deadline_ms), (Calls::Inline, 30_000));
         assert_eq!(manifest.config["device"], "0000:3b:00.0");
-        assert_eq!(manifest.required.steering.rules, 1000);
+        let required = &manifest.required.steering;
+        assert_eq!(
+            (required.rules, required.actions),
+            (1000, ActionKinds::DROP | ActionKinds::PUNT)
+        );
     }
 
     #[test]
