@@ -84,7 +84,7 @@ fn ratios() {
     let backends = backends();
     let cheap = backends
         .each_ref()
-        .map(|(_, backend)| best(20, 100_000, || drop(black_box(backend.epoch()))));
+        .map(|(_, backend)| best(20, 100_000, || _ = black_box(backend.epoch())));
     let batch = backends
         .each_ref()
         .map(|(_, backend)| best(20, 5, || runtime.block_on(round(&**backend, &add, &remove))) / (2 * RULES));
