@@ -27,7 +27,7 @@ use dpumesh_sriov::kernel::{Kernel, KernelError, LinkEdit, Outcome, Spot};
 use dpumesh_sriov::{Card, Options, Parts};
 use ipnet::IpNet;
 
-use crate::PF;
+use crate::{PF, WIRE_NETDEV};
 
 const VFS: u16 = 3;
 const DRIVER: &str = "/sys/bus/pci/drivers/igb";
@@ -131,20 +131,18 @@ fn is_clean() -> std::result::Result<bool, String> {
     Ok(vfs.iter().filter(blank).count() == wanted && functions.iter().filter(at_home).count() == wanted)
 }
 
-/// `igb` answers its VFs only while it is up.
+/// `igb` answers its VFs only while it is up; and the cable's other end must take what is sent, or its buffer fills up and the machine
+/// stands still.
 fn switch_on() -> std::result::Result<(), String> {
     let mut netlink = Netlink::open().map_err(|error| error.to_string())?;
     let links = netlink.links().map_err(|error| error.to_string())?;
-    let link = links
-        .iter()
-        .find(|link| link.parent.as_deref() == Some(PF))
-        .ok_or("the PF has no device")?;
-    if link.up {
-        return Ok(());
+    let is_end = |link: &&Link| link.parent.as_deref() == Some(PF) || link.name == WIRE_NETDEV;
+    for link in links.iter().filter(is_end).filter(|link| !link.up) {
+        netlink
+            .change_link(link.index, &LinkChange::new().up())
+            .map_err(|error| error.to_string())?;
     }
-    netlink
-        .change_link(link.index, &LinkChange::new().up())
-        .map_err(|error| error.to_string())
+    Ok(())
 }
 
 fn failed(reason: impl fmt::Display) -> Error {
