@@ -184,7 +184,8 @@ impl RuleStore {
 
     /// Takes a plan back that an engine could not mirror: rules, slots, counters and places are as before it.
     ///
-    /// What was counted meanwhile for rules that the plan installed is lost.
+    /// What was counted meanwhile for rules that the plan installed is lost. The plan before it is then the last change
+    /// again, so that several can be taken back, the last one first.
     ///
     /// # Errors
     /// [`StalePlan`], and no change, unless it is the last change of the store.
@@ -192,9 +193,25 @@ impl RuleStore {
         if plan.version != self.version {
             return Err(StalePlan);
         }
-        self.version += 1;
+        self.version -= 1; // a plan is consumed here, so no two live ones have this number
         self.invert(plan.inverses);
         Ok(())
+    }
+
+    /// Says where the engine really put the rule in a slot, or moved it to. A free slot is ignored.
+    ///
+    /// For engines that know more about their tables than the limits tell.
+    pub fn settle(&mut self, slot: u32, placement: Placement) {
+        let Some(Some(entry)) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if entry.placement == Placement::Hardware {
+            self.hardware.leave(entry);
+        }
+        entry.placement = placement;
+        if entry.placement == Placement::Hardware {
+            self.hardware.enter(entry);
+        }
     }
 
     /// Rules of an owner in (group, priority, cookie) order.
@@ -552,9 +569,7 @@ impl RuleStore {
         self.order
             .insert((rule.owner, rule.group, rule.priority, rule.cookie), slot);
         if entry.placement == Placement::Hardware {
-            self.hardware.rules += 1;
-            self.hardware.counters += u64::from(entry.counts);
-            *self.hardware.masks.entry(entry.masks.clone()).or_default() += 1;
+            self.hardware.enter(&entry);
         }
         entry.deadline = entry.due();
         if let Some(deadline) = entry.deadline {
@@ -572,9 +587,7 @@ impl RuleStore {
         self.order
             .remove(&(rule.owner, rule.group, rule.priority, rule.cookie));
         if entry.placement == Placement::Hardware {
-            self.hardware.rules -= 1;
-            self.hardware.counters -= u64::from(entry.counts);
-            self.hardware.release_masks(&entry.masks);
+            self.hardware.leave(&entry);
         }
         if let Some(deadline) = entry.deadline {
             self.deadlines.remove(&(deadline, slot));
@@ -609,6 +622,18 @@ impl RuleStore {
 }
 
 impl Hardware {
+    fn enter(&mut self, entry: &Entry) {
+        self.rules += 1;
+        self.counters += u64::from(entry.counts);
+        *self.masks.entry(entry.masks.clone()).or_default() += 1;
+    }
+
+    fn leave(&mut self, entry: &Entry) {
+        self.rules -= 1;
+        self.counters -= u64::from(entry.counts);
+        self.release_masks(&entry.masks);
+    }
+
     fn release_masks(&mut self, masks: &MaskSet) {
         if let Some(uses) = self.masks.get_mut(masks) {
             *uses -= 1;

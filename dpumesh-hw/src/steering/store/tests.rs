@@ -273,6 +273,36 @@ fn a_plan_can_be_undone_only_while_it_is_the_last_change() {
 }
 
 #[test]
+fn plans_are_undone_one_by_one_the_last_first() {
+    let mut store = store(8, 8);
+    one(&mut store, add(drop_port(1))).expect("room");
+    let before = store.list(Owner::Agent);
+    let first = apply(&mut store, vec![remove(1)], Atomicity::Continue);
+    let second = apply(&mut store, vec![add(drop_port(2))], Atomicity::Continue);
+    assert_eq!(store.undo(second), Ok(()));
+    assert_eq!(store.undo(first), Ok(()));
+    assert_eq!(store.list(Owner::Agent), before);
+}
+
+#[test]
+fn a_rule_is_where_the_engine_says() {
+    let mut store = store(1, 8);
+    let Ok(Change::Added(Placement::Hardware)) = one(&mut store, add(drop_port(1))) else {
+        panic!("the first rule has room in hardware");
+    };
+    let slot = store.slot(Owner::Agent, Cookie(1)).expect("installed");
+    let elsewhere = Placement::Software("the engine says so".to_owned());
+    store.settle(slot, elsewhere.clone());
+    assert_eq!(store.list(Owner::Agent)[0].placement, elsewhere);
+    // Its room is another's now.
+    assert_eq!(
+        one(&mut store, add(drop_port(2))),
+        Ok(Change::Added(Placement::Hardware))
+    );
+    store.settle(99, elsewhere);
+}
+
+#[test]
 fn final_counts_of_the_engine_reach_the_outcome() {
     let mut store = store(8, 8);
     one(&mut store, add(drop_port(1))).expect("room");
