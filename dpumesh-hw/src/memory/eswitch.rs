@@ -132,7 +132,8 @@ fn forward(
     deliver(state, config, ingress, port, frame).map_or(done, Fate::Dropped)
 }
 
-fn enter(state: &State, mtu: Mtu, port: PortRef, frame: &mut Frame) -> Result<(), DropReason> {
+/// What a port does with a frame before any rule sees it.
+pub(super) fn enter(state: &State, mtu: Mtu, port: PortRef, frame: &mut Frame) -> Result<(), DropReason> {
     pass(state, mtu, port, frame)?;
     let headers = Headers::parse(frame.octets()).ok_or(DropReason::Malformed)?;
     let Some(function) = state.function(port) else {

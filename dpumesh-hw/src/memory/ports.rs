@@ -12,7 +12,7 @@ use dpumesh_core::{
 };
 
 use super::device::{Card, State, error};
-use super::eswitch::{self, Fate};
+use super::eswitch::{self, DropReason, Fate};
 
 /// Both queues of a port.
 #[derive(Debug)]
@@ -86,6 +86,26 @@ impl Wire {
         self.card.age(&mut state);
         let now_ms = self.card.now_ms();
         eswitch::switch(&mut state, self.card.config(), self.port, frame, now_ms)
+    }
+
+    /// What the port does with a frame that is sent into the card before any rule sees it: link, lease, length, spoofing
+    /// and VLAN of the VF. For cards that put tables of their own between port and rules.
+    ///
+    /// # Errors
+    /// Why the port drops it.
+    pub fn enter(&self, mut frame: Frame) -> std::result::Result<Frame, DropReason> {
+        let state = self.card.state();
+        eswitch::enter(&state, self.card.config().mtu, self.port, &mut frame)?;
+        Ok(frame)
+    }
+
+    /// Puts a frame that some rule sent here at the outer end. Whether the port takes it is in the answer.
+    ///
+    /// # Errors
+    /// Why the port drops it.
+    pub fn leave(&self, ingress: PortRef, frame: Frame) -> std::result::Result<(), DropReason> {
+        let mut state = self.card.state();
+        eswitch::deliver(&mut state, self.card.config(), ingress, self.port, frame).map_or(Ok(()), Err)
     }
 
     /// The next frame that left the card here.
