@@ -64,6 +64,11 @@ pub enum Need {
 }
 
 impl Case {
+    /// True when its name contains `filter`, or its part is `filter`; an empty one selects every case.
+    pub fn is_selected_by(&self, filter: &str) -> bool {
+        self.name.contains(filter) || self.part == filter
+    }
+
     /// Ends the case as not supported when something it needs is missing.
     pub(super) async fn check_needs(&self, rig: &dyn Rig) -> CaseResult {
         for need in self.needs {

@@ -74,8 +74,8 @@ use dpumesh_core::{Backend, PortRef, Result};
 pub use cases::{CASES, Case, Need};
 pub use check::{CaseResult, Halt};
 pub use expected::{Difference, Expectations};
-pub use report::{Counts, Entry, Outcome, Report};
-pub use run::run;
+pub use report::{Counts, Entry, Outcome, Report, Summary};
+pub use run::{run, run_watched};
 
 /// Version of the kit, for [`dpumesh_core::BackendInfo::conformance`]; grows when a case is added or made stricter.
 pub const VERSION: &str = "1";

@@ -134,36 +134,16 @@ impl Report {
     }
 }
 
-impl fmt::Display for Report {
-    /// A table: part, case, outcome, milliseconds; then the skips by missing ability, then the counts.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} against conformance kit {}", self.fixture, self.kit)?;
-        let width = self.entries.iter().map(|e| e.case.len()).max().unwrap_or(0);
-        for entry in &self.entries {
-            let time = Duration::from_micros(entry.micros).as_secs_f64() * 1000.0;
-            writeln!(
-                f,
-                "{:<10} {:<width$} {:>9.1} ms  {}",
-                entry.part, entry.case, time, entry.outcome
-            )?;
-        }
-        for (capability, count) in self.skips_by_capability() {
-            writeln!(f, "{count} not supported for want of {capability}")?;
-        }
-        let counts = self.counts();
-        write!(
-            f,
-            "{} cases: {} passed, {} failed, {} expected failures, {} not supported",
-            self.entries.len(),
-            counts.passed,
-            counts.failed,
-            counts.expected_failures,
-            counts.not_supported
-        )
-    }
-}
+/// The end of a report: skips by missing ability, then the counts.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary<'a>(&'a Report);
 
 impl Report {
+    /// The end of the report.
+    pub fn summary(&self) -> Summary<'_> {
+        Summary(self)
+    }
+
     fn skips_by_capability(&self) -> BTreeMap<&str, usize> {
         let mut skips = BTreeMap::new();
         for entry in &self.entries {
@@ -174,6 +154,50 @@ impl Report {
         skips
     }
 }
+
+impl fmt::Display for Report {
+    /// A table: one [`Entry`] a line; then the [`Summary`].
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} against conformance kit {}", self.fixture, self.kit)?;
+        for entry in &self.entries {
+            writeln!(f, "{entry}")?;
+        }
+        self.summary().fmt(f)
+    }
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (capability, count) in self.0.skips_by_capability() {
+            writeln!(f, "{count} not supported for want of {capability}")?;
+        }
+        let counts = self.0.counts();
+        write!(
+            f,
+            "{} cases: {} passed, {} failed, {} expected failures, {} not supported",
+            self.0.entries.len(),
+            counts.passed,
+            counts.failed,
+            counts.expected_failures,
+            counts.not_supported
+        )
+    }
+}
+
+impl fmt::Display for Entry {
+    /// Part, case, milliseconds, outcome.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = Duration::from_micros(self.micros).as_secs_f64() * 1000.0;
+        write!(
+            f,
+            "{:<10} {:<LONGEST_NAME$} {:>9.1} ms  {}",
+            self.part, self.case, time, self.outcome
+        )
+    }
+}
+
+/// Octets of a column that holds any case's name.
+const LONGEST_NAME: usize = 67;
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

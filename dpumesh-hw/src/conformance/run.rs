@@ -19,25 +19,34 @@ use super::{Fixture, VERSION};
 /// A failure, a panic or an overrun of one case is that case's outcome and never ends the run. A case that has blocked its
 /// thread beyond the deadline keeps that thread; the run goes on without it.
 pub async fn run(fixture: Arc<dyn Fixture>, filter: &str, deadline: Duration) -> Report {
+    run_watched(fixture, filter, deadline, &mut |_| {}).await
+}
+
+/// Like [`run`], and shows each entry to `seen` as soon as its case has ended.
+pub async fn run_watched(
+    fixture: Arc<dyn Fixture>,
+    filter: &str,
+    deadline: Duration,
+    seen: &mut (dyn FnMut(&Entry) + Send),
+) -> Report {
     let expectations = fixture.expectations();
     let mut entries = Vec::new();
-    for case in CASES
-        .iter()
-        .filter(|case| case.name.contains(filter) || case.part == filter)
-    {
+    for case in CASES.iter().filter(|case| case.is_selected_by(filter)) {
         let begun = Instant::now();
         let outcome = judge(
             case.name,
             run_case(&fixture, *case, deadline).await,
             &expectations,
         );
-        entries.push(Entry {
+        let entry = Entry {
             part: case.part.to_owned(),
             case: case.name.to_owned(),
             sentence: case.sentence.to_owned(),
             outcome,
             micros: begun.elapsed().as_micros().try_into().unwrap_or(u64::MAX),
-        });
+        };
+        seen(&entry);
+        entries.push(entry);
     }
     Report {
         fixture: fixture.name(),
