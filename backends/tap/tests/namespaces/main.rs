@@ -1,9 +1,7 @@
 //! The emulator against the running kernel. Every case is a process in namespaces of its own.
 
 mod card;
-mod conformance;
 mod devices;
-mod steered;
 mod uplink;
 mod world;
 
@@ -83,10 +81,5 @@ fn main() -> ExitCode {
         Nobody card::pods_with_veths_meet_over_the_underlay,
         Nobody card::an_uplink_that_is_not_there_is_told,
         Nobody card::another_card_in_the_directory_is_refused,
-        Tap conformance::tap_vfs_keep_the_contract,
-        Caller conformance::veth_vfs_keep_the_contract,
-        Caller conformance::steered_unlimited_cards_keep_the_contract,
-        Caller conformance::steered_k2_like_cards_keep_the_contract,
-        Caller conformance::steered_minimal_cards_keep_the_contract,
     ])
 }
