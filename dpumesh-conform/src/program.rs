@@ -32,12 +32,18 @@ use crate::watch::Watch;
     after_help = after_help(),
 )]
 pub struct Args {
-    /// What to prove: memory or tap
+    /// What to prove: memory, tap, sriov, or the path of a library with the C interface (include/dpumesh.h)
     #[arg(short, long, value_name = "BACKEND", required_unless_present_any = ["completions", "list"])]
     pub backend: Option<Choice>,
     /// Which of the backend's fixtures; see below
     #[arg(long, value_name = "NAME")]
     pub variant: Option<String>,
+    /// The library's configuration, a JSON object; the member `card` is added, with another text for each case
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = parse_config)]
+    pub config: serde_json::Value,
+    /// PCI address of the card, for a library: the member `device` of its configuration
+    #[arg(long, value_name = "PCI")]
+    pub device: Option<dpumesh_core::PciAddress>,
     /// Only the cases whose name contains this, or of this part (vf, steering, …)
     #[arg(long, value_name = "FILTER", default_value = "")]
     pub only: String,
@@ -67,6 +73,14 @@ pub struct Args {
     pub completions: Option<clap_complete::Shell>,
 }
 
+fn parse_config(text: &str) -> Result<serde_json::Value, String> {
+    let config: serde_json::Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    if config.is_object() {
+        return Ok(config);
+    }
+    Err("expected an object, as {\"device\": \"0000:3b:00.0\"}".to_owned())
+}
+
 fn after_help() -> String {
     let mut help = "\
 Examples:
@@ -74,6 +88,8 @@ Examples:
   dpumesh-conform --backend memory --only lease        the cases about leases
   dpumesh-conform --list --only steering               what they are, what they prove, what they need
   dpumesh-conform --backend tap --json report.json     the emulator; needs namespaces (root, or a user namespace)
+  dpumesh-conform --backend ./libmycard.so             a vendor's library; the hooks that it gives the kit decide how much
+                                                       can be shown
 
 Each case runs on a fresh card and ends within --deadline; the run ends within --limit, whatever a backend does.
 A case ends as one of
@@ -114,6 +130,9 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A configuration that nobody reads.
+    #[error("--config and --device are for libraries: the cards of {0} are made for the run")]
+    NoConfiguration(Choice),
     /// No case has such a name.
     #[error("no case is called like `{0}` and no part is `{0}`: see --list")]
     NoCase(String),
@@ -193,7 +212,7 @@ fn prove(args: &Args, backend: &Choice) -> Result<i32, Error> {
         // Before the first thread: the kernel asks for it.
         ensure_privilege()?;
     }
-    let fixture = backend.fixture(args.variant.as_deref())?;
+    let fixture = backend.fixture(args.variant.as_deref(), library_config(args, backend)?)?;
     let expected = match &args.expect {
         Some(path) => Some(read_expectations(path)?),
         None => expectations(&fixture.name()),
@@ -233,6 +252,18 @@ fn prove(args: &Args, backend: &Choice) -> Result<i32, Error> {
     }
     write_files(args, &report)?;
     Ok(i32::from(!report.is_clean() || !differences.is_empty()))
+}
+
+fn library_config(args: &Args, backend: &Choice) -> Result<serde_json::Value, Error> {
+    let mut config = args.config.clone();
+    let asked = args.device.is_some() || config.as_object().is_some_and(|members| !members.is_empty());
+    if asked && !matches!(backend, Choice::Library(_)) {
+        return Err(Error::NoConfiguration(backend.clone()));
+    }
+    if let (Some(device), Some(members)) = (args.device, config.as_object_mut()) {
+        members.insert("device".to_owned(), device.to_string().into());
+    }
+    Ok(config)
 }
 
 fn read_expectations(path: &Path) -> Result<Expectations, Error> {

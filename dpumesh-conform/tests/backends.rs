@@ -1,4 +1,4 @@
-//! The in-tree backends that need no namespaces, against every case.
+//! The in-tree backends that need no namespaces, against every case, as they are.
 
 mod expected;
 
@@ -6,12 +6,22 @@ use dpumesh_conform::fixtures::Choice;
 
 use expected::check;
 
+async fn keeps_the_contract(choice: Choice, variant: &str) {
+    let fixture = choice.fixture(Some(variant), serde_json::json!({}));
+    check(fixture.expect("made")).await;
+}
+
 #[tokio::test]
 async fn memory_keeps_the_contract() {
-    check(Choice::Memory.fixture(Some("memory")).expect("made")).await;
+    keeps_the_contract(Choice::Memory, "memory").await;
 }
 
 #[tokio::test]
 async fn memory_in_two_halves_keeps_the_contract() {
-    check(Choice::Memory.fixture(Some("memory-halves")).expect("made")).await;
+    keeps_the_contract(Choice::Memory, "memory-halves").await;
+}
+
+#[tokio::test]
+async fn fake_cards_like_igb_keep_the_contract() {
+    keeps_the_contract(Choice::Sriov, "igb").await;
 }

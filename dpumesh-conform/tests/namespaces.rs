@@ -42,7 +42,9 @@ fn with_tap(variant: &str) {
 }
 
 fn keeps_the_contract(variant: &str) {
-    let fixture = Choice::Tap.fixture(Some(variant)).expect("a fixture");
+    let fixture = Choice::Tap
+        .fixture(Some(variant), serde_json::json!({}))
+        .expect("a fixture");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
