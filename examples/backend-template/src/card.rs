@@ -89,7 +89,10 @@ impl MyCard {
     pub(crate) fn fenced(&self, operation: &'static str, fence: Fence) -> Result<MutexGuard<'_, Life>> {
         let life = self.present(operation)?;
         if fence.0 != life.epoch {
-            let message = format!("the fence is of epoch {}, the card in {}", fence.0.0, life.epoch.0);
+            let message = format!(
+                "the fence is of epoch {}, the card in {}",
+                fence.0.0, life.epoch.0
+            );
             return Err(error(ErrorKind::Stale, operation, message));
         }
         Ok(life)
@@ -101,7 +104,11 @@ impl MyCard {
 }
 
 /// An error of this backend. It has no effect: what is refused is refused before anything is touched.
-pub(crate) fn error(kind: ErrorKind, operation: &'static str, message: impl Into<Cow<'static, str>>) -> Error {
+pub(crate) fn error(
+    kind: ErrorKind,
+    operation: &'static str,
+    message: impl Into<Cow<'static, str>>,
+) -> Error {
     Error::new(kind, operation, message).backend(NAME)
 }
 

@@ -6,8 +6,8 @@
 //!  └── steering  rules of the eswitch            switched on in step 3
 //! ```
 //!
-//! The guide is `dpumesh-conform/README.md`: "Write a backend in an afternoon". What it calls step 2 and step 3 is marked in the
-//! source: `grep -n "step 2" src/*.rs`.
+//! The guide is `dpumesh-conform/README.md`: "Write a backend in an afternoon". What it calls step 2 and step 3 is
+//! marked in the source: `grep -n "step 2: " src/*.rs`.
 
 #![forbid(unsafe_code)]
 

@@ -30,7 +30,11 @@ pub(crate) fn claim(capabilities: &mut Capabilities) {
     steering.masks = 4;
     steering.actions = ActionKinds::DROP | ActionKinds::FORWARD;
     steering.hardware_actions = steering.actions;
-    steering.fields = [(Field::Port, MatchKinds::EXACT), (Field::EthDst, MatchKinds::EXACT)].into();
+    steering.fields = [
+        (Field::Port, MatchKinds::EXACT),
+        (Field::EthDst, MatchKinds::EXACT),
+    ]
+    .into();
     steering.hardware_fields = steering.fields.clone();
     steering.atomicity = [Atomicity::Continue, Atomicity::Rollback].into();
     steering.batch_max = 64;

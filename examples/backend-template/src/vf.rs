@@ -6,8 +6,8 @@
 
 use async_trait::async_trait;
 use dpumesh_core::vf::{
-    AttachedVf, Attachment, Disruption, LeaseId, LeaseOwner, Released, ResetLevel, VfConfig, VfCount, VfLease,
-    VfRequest, VfState,
+    AttachedVf, Attachment, Disruption, LeaseId, LeaseOwner, Released, ResetLevel, VfConfig, VfCount,
+    VfLease, VfRequest, VfState,
 };
 use dpumesh_core::{
     Capabilities, ErrorKind, Fence, MacAddr, Mtu, PfIndex, PortRef, ResetLevels, Result, VfAllocator,
@@ -193,7 +193,11 @@ impl VfAllocator for MyCard {
 
     async fn revoke(&self, fence: Fence, lease: &VfLease) -> Result<()> {
         let mut life = self.fenced("vf.revoke", fence)?;
-        let held = life.vfs.all.iter_mut().find(|vf| vf.admitted.as_ref() == Some(lease));
+        let held = life
+            .vfs
+            .all
+            .iter_mut()
+            .find(|vf| vf.admitted.as_ref() == Some(lease));
         if let Some(vf) = held {
             vf.admitted = None;
         }
@@ -250,7 +254,11 @@ impl VfAllocator for MyCard {
         let Some(vf) = life.vfs.all.iter_mut().find(|vf| vf.port == port) else {
             return Err(error(ErrorKind::NotFound, RECLAIM, "there is no such VF").object(port));
         };
-        if vf.lease.as_ref().is_some_and(|(lease, _)| live.contains(&lease.owner)) {
+        if vf
+            .lease
+            .as_ref()
+            .is_some_and(|(lease, _)| live.contains(&lease.owner))
+        {
             let message = "it is leased and its owner lives";
             return Err(error(ErrorKind::Busy, RECLAIM, message).object(port));
         }
