@@ -732,8 +732,14 @@ async fn frames_cross_the_cable_between_two_nics() {
     .expect("added");
     let mut expected = udp([10, 0, 0, 9], 1);
     expected[..6].copy_from_slice(&mac.0);
-    // The link comes up when the two NICs have found one another.
+    // The link comes up when the two NICs have found one another; until then frames are lost.
     let begun = Instant::now();
+    let runs = |netlink: &mut Netlink, nic| netlink.link(nic).is_ok_and(|link| link.running);
+    while !(runs(&mut inside, "eth0") && runs(&mut inside, "eth1"))
+        && begun.elapsed() < Duration::from_secs(30)
+    {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let found = loop {
         bed.yard.send(A, &udp([10, 0, 0, 9], 1)).expect("sent");
         let found = bed
@@ -741,11 +747,20 @@ async fn frames_cross_the_cable_between_two_nics() {
             .receive(B, Duration::from_millis(100))
             .await
             .expect("readable");
-        if found.is_some() || begun.elapsed() > Duration::from_secs(20) {
+        if found.is_some() || begun.elapsed() > Duration::from_secs(60) {
             break found;
         }
     };
-    assert_eq!(found, Some(expected), "what came out of the other VF");
+    let nics = ["eth0", "eth1"].map(|nic| {
+        inside
+            .link(nic)
+            .map(|link| (link.carrier, link.running, link.statistics))
+    });
+    assert_eq!(
+        found,
+        Some(expected),
+        "what came out of the other VF; the NICs: {nics:?}"
+    );
     let counted = bed
         .steering
         .counters(Owner::Agent, &[Cookie(2)])
