@@ -68,26 +68,35 @@ async fn round(backend: &dyn Backend, add: &Batch, remove: &Batch) {
     }
 }
 
-/// The best of some runs of `count` times `step`: what disturbs only ever adds.
-fn best(runs: u32, count: u32, mut step: impl FnMut()) -> Duration {
-    let timed = (0..runs).map(|_| {
-        let begun = Instant::now();
-        (0..count).for_each(|_| step());
-        begun.elapsed() / count
-    });
-    timed.min().unwrap_or_default()
+/// Each backend's best of some runs, which take turns: what disturbs a run only ever adds, and disturbs all alike.
+fn best<const N: usize>(
+    backends: &[(&'static str, Arc<dyn Backend>); N],
+    mut run: impl FnMut(&dyn Backend),
+) -> [Duration; N] {
+    let mut best = [Duration::MAX; N];
+    for _ in 0..100 {
+        for (best, (_, backend)) in best.iter_mut().zip(backends) {
+            let begun = Instant::now();
+            run(&**backend);
+            *best = begun.elapsed().min(*best);
+        }
+    }
+    best
 }
 
 fn ratios() {
+    const CALLS: u32 = 100_000;
     let runtime = runtime();
     let (add, remove) = batches();
     let backends = backends();
-    let cheap = backends
-        .each_ref()
-        .map(|(_, backend)| best(20, 100_000, || _ = black_box(backend.epoch())));
-    let batch = backends
-        .each_ref()
-        .map(|(_, backend)| best(20, 5, || runtime.block_on(round(&**backend, &add, &remove))) / (2 * RULES));
+    let cheap = best(&backends, |backend| {
+        (0..CALLS).for_each(|_| _ = black_box(backend.epoch()))
+    });
+    let cheap = cheap.map(|all| all / CALLS);
+    let batch = best(&backends, |backend| {
+        runtime.block_on(round(backend, &add, &remove))
+    });
+    let batch = batch.map(|all| all / (2 * RULES));
     for (i, (name, _)) in backends.iter().enumerate() {
         println!(
             "{name:8} epoch {:4} ns (+{} ns)   rule of a batch {:6} ns ({:.2} x native)",
