@@ -9,6 +9,7 @@
 //! it, and [`Reader`] says so by name when it does not.
 
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::abi::{dm_arena, dm_error, dm_list, dm_rows, dm_str};
@@ -54,7 +55,7 @@ pub(crate) type Broken = String;
 /// Bump memory. Grows in pieces that never move, or ends where the caller's memory ends.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    pieces: Vec<Box<[u128]>>,
+    pieces: Vec<Box<[MaybeUninit<u128>]>>,
     at: *mut u8,
     left: usize,
     used: usize,
@@ -66,7 +67,8 @@ pub(crate) struct Arena {
 unsafe impl Send for Arena {}
 
 const ALIGN: usize = 16;
-const PIECE: usize = 4096;
+const PIECE: usize = 1024;
+const LARGEST: usize = 1 << 18;
 
 impl Arena {
     /// Grows as needed.
@@ -129,7 +131,9 @@ impl Arena {
                 self.left = 0; // what follows would leave gaps: `needed` goes on, `used` stays
                 return std::ptr::null();
             }
-            let mut piece = vec![0_u128; len.max(PIECE) / ALIGN].into_boxed_slice();
+            // Twice as much each time: few pieces for a long batch, a small one for a small call.
+            let octets = len.max((PIECE << self.pieces.len().min(8)).min(LARGEST));
+            let mut piece = Box::new_uninit_slice(octets.div_ceil(ALIGN));
             self.at = piece.as_mut_ptr().cast();
             self.left = size_of_val(&*piece);
             self.pieces.push(piece);
@@ -242,9 +246,16 @@ impl Reader {
 
     /// Elements that begin with their size.
     pub(crate) fn list<T: Sized32>(&self, list: dm_list, what: &str) -> Result<Vec<T>, Broken> {
-        (0..list.len)
-            .map(|index| self.one(element(list, index).cast::<T>(), what))
-            .collect()
+        self.each(list, what).collect()
+    }
+
+    /// The same, one after the other.
+    pub(crate) fn each<T: Sized32>(
+        &self,
+        list: dm_list,
+        what: &str,
+    ) -> impl ExactSizeIterator<Item = Result<T, Broken>> {
+        (0..list.len as usize).map(move |index| self.one(element(list, index as u32).cast::<T>(), what))
     }
 
     /// A struct that begins with its size: a shorter one is filled up with zeros, a longer one is cut.

@@ -381,7 +381,8 @@ pub(crate) fn put_rule(rule: &SteeringRule, arena: &mut Arena) -> dm_rule {
         Some(ms) => ms.min(u32::MAX - 1),
     };
     raw.pattern = arena.one(put_pattern(&rule.pattern));
-    let mut actions = [dm_action::empty(); 8];
+    // Most rules count and go somewhere.
+    let mut actions = [dm_action::empty(); 2];
     if rule.actions.len() <= actions.len() {
         for (raw, action) in actions.iter_mut().zip(&rule.actions) {
             *raw = put_action(action, arena);
@@ -400,17 +401,17 @@ pub(crate) fn put_rule(rule: &SteeringRule, arena: &mut Arena) -> dm_rule {
 
 pub(crate) fn get_rule(raw: &dm_rule, reader: &Reader) -> Result<SteeringRule, Broken> {
     let pattern = reader.one(raw.pattern, "rule.pattern")?;
-    let actions = reader.list::<dm_action>(raw.actions, "rule.actions")?;
+    let mut actions = Vec::with_capacity(raw.actions.len.min(64) as usize);
+    for action in reader.each::<dm_action>(raw.actions, "rule.actions") {
+        actions.push(get_action(&action?, reader)?);
+    }
     Ok(SteeringRule {
         cookie: get_cookie(raw.cookie),
         owner: get_owner(raw.owner, "rule.owner")?,
         group: Group(raw.group),
         priority: Priority(raw.priority),
         pattern: get_pattern(&pattern)?,
-        actions: actions
-            .iter()
-            .map(|action| get_action(action, reader))
-            .collect::<Result<_, _>>()?,
+        actions,
         placement: get_placement_request(raw.placement, "rule.placement")?,
         idle_timeout_ms: match raw.idle_timeout_ms {
             0 => None,
@@ -527,22 +528,25 @@ pub(crate) fn put_batch(batch: &Batch, arena: &mut Arena) -> dm_batch {
 }
 
 pub(crate) fn get_batch(raw: &dm_batch, reader: &Reader) -> Result<Batch, Broken> {
-    let operations = reader.list::<dm_operation>(raw.operations, "batch.operations")?;
-    let operations = operations
-        .iter()
-        .map(|raw| match raw.kind {
-            DM_ADD => {
-                let rule = reader.one(raw.rule, "operation.rule")?;
-                get_rule(&rule, reader).map(Operation::Add)
-            }
-            DM_REMOVE => Ok(Operation::Remove {
-                owner: get_owner(raw.owner, "operation.owner")?,
-                cookie: get_cookie(raw.cookie),
-            }),
-            kind => Err(format!("operation.kind is {kind}, which means nothing")),
-        })
-        .collect::<Result<_, Broken>>()?;
+    let mut operations = Vec::with_capacity(raw.operations.len.min(1 << 16) as usize);
+    for operation in reader.each::<dm_operation>(raw.operations, "batch.operations") {
+        operations.push(get_operation(&operation?, reader)?);
+    }
     Ok(Batch::new(operations).with(get_atomicity(raw.atomicity, "batch.atomicity")?))
+}
+
+fn get_operation(raw: &dm_operation, reader: &Reader) -> Result<Operation, Broken> {
+    match raw.kind {
+        DM_ADD => {
+            let rule = reader.one(raw.rule, "operation.rule")?;
+            get_rule(&rule, reader).map(Operation::Add)
+        }
+        DM_REMOVE => Ok(Operation::Remove {
+            owner: get_owner(raw.owner, "operation.owner")?,
+            cookie: get_cookie(raw.cookie),
+        }),
+        kind => Err(format!("operation.kind is {kind}, which means nothing")),
+    }
 }
 
 /// A change; a failed one leaves its error to the errors' rows.
