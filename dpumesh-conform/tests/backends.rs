@@ -1,4 +1,4 @@
-//! The in-tree backends that need no namespaces, against every case, as they are.
+//! The in-tree backends that need no namespaces, against every case, as they are and through the C interface.
 
 mod expected;
 
@@ -19,6 +19,16 @@ async fn memory_keeps_the_contract() {
 #[tokio::test]
 async fn memory_in_two_halves_keeps_the_contract() {
     keeps_the_contract(Choice::Memory, "memory-halves").await;
+}
+
+#[tokio::test]
+async fn memory_behind_the_c_interface_keeps_the_contract() {
+    keeps_the_contract(Choice::Memory, "memory-abi").await;
+}
+
+#[tokio::test]
+async fn two_halves_behind_the_c_interface_keep_the_contract() {
+    keeps_the_contract(Choice::Memory, "memory-halves-abi").await;
 }
 
 #[tokio::test]

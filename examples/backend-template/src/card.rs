@@ -72,6 +72,10 @@ impl MyCard {
         self.events.raise(&Event::Back { epoch: life.epoch });
     }
 
+}
+
+#[allow(dead_code, reason = "the parts use these, from step 2 on")]
+impl MyCard {
     pub(crate) fn dpu(&self) -> &DpuId {
         &self.dpu
     }
@@ -98,11 +102,15 @@ impl MyCard {
         Ok(life)
     }
 
+}
+
+impl MyCard {
     fn lock(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+#[allow(dead_code, reason = "the parts use it, from step 2 on")]
 /// An error of this backend. It has no effect: what is refused is refused before anything is touched.
 pub(crate) fn error(
     kind: ErrorKind,

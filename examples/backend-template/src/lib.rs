@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The guide is `dpumesh-conform/README.md`: "Write a backend in an afternoon". What it calls step 2 and step 3 is
-//! marked in the source: `grep -n "step 2: " src/*.rs`.
+//! marked in the source: `grep -n "step 2" src/*.rs`.
 
 #![forbid(unsafe_code)]
 

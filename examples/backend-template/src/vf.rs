@@ -107,13 +107,13 @@ impl Vfs {
 impl VfAllocator for MyCard {
     async fn plan_vf_count(&self, pf: PfIndex, _count: u16) -> Result<Disruption> {
         const PLAN: &str = "vf.plan_vf_count";
-        self.present(PLAN)?;
+        drop(self.present(PLAN)?);
         Err(fixed(PLAN, pf))
     }
 
     async fn set_vf_count(&self, fence: Fence, pf: PfIndex, _count: u16) -> Result<VfCount> {
         const SET: &str = "vf.set_vf_count";
-        self.fenced(SET, fence)?;
+        drop(self.fenced(SET, fence)?);
         Err(fixed(SET, pf))
     }
 
