@@ -71,7 +71,6 @@ impl MyCard {
         *life = Life::begin(Epoch(life.epoch.0 + 1));
         self.events.raise(&Event::Back { epoch: life.epoch });
     }
-
 }
 
 #[allow(dead_code, reason = "the parts use these, from step 2 on")]
@@ -101,7 +100,6 @@ impl MyCard {
         }
         Ok(life)
     }
-
 }
 
 impl MyCard {
