@@ -40,11 +40,11 @@ pub mod dataplane;
 pub mod events;
 #[cfg(not(loom))]
 pub mod flow;
+#[cfg(not(loom))]
+pub mod journal;
 #[cfg(all(feature = "loader", not(loom)))]
 #[allow(unsafe_code, reason = "a named home of unsafe: the C interface")]
 pub mod loader;
-#[cfg(not(loom))]
-pub mod journal;
 #[cfg(not(loom))]
 pub mod memory;
 #[cfg(not(loom))]
