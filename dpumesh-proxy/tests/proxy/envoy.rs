@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use crate::harness::{Client, Endpoint, Running, await_true};
 
@@ -37,6 +38,15 @@ impl Subject {
             Self::Ours(running) => running.web(),
             Self::Envoy { web, .. } => *web,
         })
+    }
+
+    /// The least time in which a wait of `asked` may end. Envoy's timers count from when its loop woke, in whole
+    /// milliseconds, so its waits can be short of what was asked.
+    pub(crate) fn shortest(&self, asked: Duration) -> Duration {
+        match self {
+            Self::Ours(_) => asked,
+            Self::Envoy { .. } => asked.saturating_sub(Duration::from_millis(20)),
+        }
     }
 
     /// A counter's value once it has reached `at_least`; Envoy merges its counters a moment later.

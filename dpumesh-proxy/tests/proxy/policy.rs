@@ -387,10 +387,11 @@ fn an_endpoint_that_breaks_off_or_says_nothing_is_retried_where_asked() {
                 (response.status(), response.text().as_str()),
                 (504, "upstream request timeout")
             );
+            let took = begun.elapsed();
             assert!(
-                begun.elapsed() >= Duration::from_millis(600),
-                "{:?}",
-                begun.elapsed()
+                took >= subject.shortest(Duration::from_millis(600)),
+                "{took:?} at {}",
+                subject.name()
             );
             assert_eq!(endpoint.requests(), 8, "{}", subject.name());
         },
@@ -460,8 +461,9 @@ fn the_time_limit_of_a_request_holds_over_all_attempts() {
             );
             let took = begun.elapsed();
             assert!(
-                took >= Duration::from_millis(480) && took < Duration::from_millis(1500),
-                "{took:?}"
+                took >= subject.shortest(Duration::from_millis(500)) && took < Duration::from_millis(1500),
+                "{took:?} at {}",
+                subject.name()
             );
             assert!((2..=3).contains(&endpoint.requests()), "{}", subject.name());
         },
@@ -516,7 +518,12 @@ fn faults_abort_and_delay_their_share() {
             );
             let begun = Instant::now();
             assert_eq!(client.get("/delay").status(), 200);
-            assert!(begun.elapsed() >= Duration::from_millis(200));
+            let took = begun.elapsed();
+            assert!(
+                took >= subject.shortest(Duration::from_millis(200)),
+                "{took:?} at {}",
+                subject.name()
+            );
             assert_eq!(client.get("/free").status(), 200);
             let aborted = (0..400).filter(|_| client.get("/half").status() == 503).count();
             // Five standard deviations of 400 draws at one half are 50.
