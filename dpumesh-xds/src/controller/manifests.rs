@@ -35,7 +35,7 @@ metadata:
 rules:
 # It reads and never writes: the webhook answers the API server, which writes by itself.
 - apiGroups: [\"\"]
-  resources: [namespaces, nodes, pods]
+  resources: [namespaces, nodes, pods, services]
   verbs: [list, watch]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(rules[0].verbs, ["list", "watch"]);
         assert_eq!(
             rules[0].resources.as_ref().unwrap(),
-            &["namespaces", "nodes", "pods"]
+            &["namespaces", "nodes", "pods", "services"]
         );
     }
 

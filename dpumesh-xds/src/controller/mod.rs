@@ -7,7 +7,7 @@
 //!
 //! | module | what it owns |
 //! |---|---|
-//! | `world` | pods, nodes and namespaces, with only what is used of them |
+//! | `world` | pods, nodes, namespaces and services, with only what is used of them |
 //! | `plan` | [`configs`]: the world as [`crate::mesh`] messages, by node; what is wrong with it, by name |
 //! | `watch` | the API's watches: lists, changes, outages |
 //! | `adapters` | one publisher for each node; whose certificate may have which |
@@ -20,6 +20,10 @@
 //! The label [`OPT_IN`] = [`OPTED_IN`] **of the pod** decides, and the admission webhook writes it on pods of namespaces that have it. So the
 //! decision is made once, when a pod is created, as its interface is: a namespace that is labelled later changes nothing for pods that
 //! run without a virtual function. They are named in `/status` until they are created anew.
+//!
+//! # Services
+//! The proxies know services from istiod. Here they are watched for what no proxy carries: a port of a service that is not TCP is out of reach at
+//! the service's address, and `/status` says so by name.
 //!
 //! # When the API is away
 //! Adapters keep what they have and may reconnect; watches resume by themselves, at most 5 s apart; `/readyz` says what is
@@ -45,7 +49,7 @@ pub use plan::{Finding, Plan, configs, plan};
 pub use program::{Args, Error, run};
 pub use watch::{Facts, watch};
 pub use webhook::mutate;
-pub use world::{Namespace, Node, Pod, World};
+pub use world::{Namespace, Node, Pod, Service, World};
 
 /// Label by which pods and namespaces opt in.
 pub const OPT_IN: &str = "dpumesh.io/dataplane";

@@ -64,6 +64,7 @@ pub fn plan(world: &World, trust_domain: &str) -> Plan {
         }
     }
     overlooked(world, &mut findings);
+    unreached(world, &mut findings);
     findings.sort();
     Plan { nodes, findings }
 }
@@ -240,12 +241,31 @@ fn overlooked(world: &World, findings: &mut Vec<Finding>) {
     }
 }
 
+/// Services with ports that opted-in pods do not reach: the proxies know TCP, and past them nothing translates a service's address.
+fn unreached(world: &World, findings: &mut Vec<Finding>) {
+    if !world.pods.values().any(Pod::is_opted_in) {
+        return;
+    }
+    let services = world.services.iter();
+    for (key, service) in services.filter(|(_, one)| !one.addresses.is_empty() && !one.beside_tcp.is_empty())
+    {
+        findings.push(Finding {
+            object: format!("service {key}"),
+            reason: format!(
+                "opted-in pods do not reach {} at {}: only TCP is carried to a service's address; give them the address of a pod",
+                service.beside_tcp.join(", "),
+                service.addresses.join(", ")
+            ),
+        });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::controller::{Namespace, OPTED_IN};
+    use crate::controller::{Namespace, OPTED_IN, Service};
 
     fn node(name: &str, endpoint: Option<&str>) -> Node {
         Node {
@@ -277,7 +297,7 @@ mod tests {
                 .iter()
                 .map(|node| (node.name.clone(), node.clone()))
                 .collect(),
-            namespaces: BTreeMap::new(),
+            ..World::default()
         }
     }
 
@@ -302,6 +322,31 @@ mod tests {
             .iter()
             .map(|finding| finding.object.as_str())
             .collect()
+    }
+
+    #[test]
+    fn a_port_of_a_service_that_no_proxy_carries_is_named() {
+        let service = |address: &str, port: &str| Service {
+            addresses: vec![address.to_owned()],
+            beside_tcp: vec![port.to_owned()],
+        };
+        let mut world = world(&two_nodes(), &[]);
+        world
+            .services
+            .insert("kube-system/kube-dns".to_owned(), service("10.96.0.10", "53/UDP"));
+        world.services.insert("shop/web".to_owned(), Service::default());
+        let mut headless = service("", "5060/SCTP");
+        headless.addresses.clear();
+        world.services.insert("shop/calls".to_owned(), headless);
+        assert_eq!(plan(&world, "td").findings, [], "nobody asks");
+        let pod = pod("a", "n1", "10.0.0.1");
+        world.pods.insert(pod.key(), pod);
+        let plan = plan(&world, "td");
+        assert_eq!(objects(&plan), ["service kube-system/kube-dns"]);
+        assert!(
+            plan.findings[0].reason.contains("53/UDP at 10.96.0.10"),
+            "{plan:?}"
+        );
     }
 
     #[test]

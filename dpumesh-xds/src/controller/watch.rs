@@ -1,4 +1,4 @@
-//! The API's watches: every pod, node and namespace, from the first list on for as long as the program runs.
+//! The API's watches: every pod, node, namespace and service, from the first list on for as long as the program runs.
 //!
 //! A watch that breaks is resumed where it was, after a random wait of at most five seconds; when the API no longer knows that place, everything
 //! is listed anew, and what was known stays until the new list is whole. So an API that is away changes nothing for anybody.
@@ -15,7 +15,7 @@ use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::world::{Fact, Namespace, Node, Pod, World};
+use super::world::{Fact, Namespace, Node, Pod, Service, World};
 
 /// How long the world must be quiet before it is told on.
 const QUIET: Duration = Duration::from_millis(10);
@@ -49,7 +49,8 @@ impl Facts {
 pub async fn watch(client: Client, facts: watch::Sender<Facts>) {
     let mut pods = stream::<api::Pod, Pod>(client.clone());
     let mut nodes = stream::<api::Node, Node>(client.clone());
-    let mut namespaces = stream::<api::Namespace, Namespace>(client);
+    let mut namespaces = stream::<api::Namespace, Namespace>(client.clone());
+    let mut services = stream::<api::Service, Service>(client);
     let mut known = Known::default();
     facts.send_replace(known.facts());
     loop {
@@ -57,6 +58,7 @@ pub async fn watch(client: Client, facts: watch::Sender<Facts>) {
             event = pods.next() => known.pods.take(event),
             event = nodes.next() => known.nodes.take(event),
             event = namespaces.next() => known.namespaces.take(event),
+            event = services.next() => known.services.take(event),
             () = tokio::time::sleep(Duration::from_secs(1)) => known.heal(),
         };
         let deadline = Instant::now() + PATIENCE;
@@ -66,6 +68,7 @@ pub async fn watch(client: Client, facts: watch::Sender<Facts>) {
                 event = pods.next() => drop(known.pods.take(event)),
                 event = nodes.next() => drop(known.nodes.take(event)),
                 event = namespaces.next() => drop(known.namespaces.take(event)),
+                event = services.next() => drop(known.services.take(event)),
                 () = tokio::time::sleep_until(quiet) => {
                     facts.send_replace(known.facts());
                     changed = false;
@@ -107,6 +110,7 @@ struct Known {
     pods: Watched<Pod>,
     nodes: Watched<Node>,
     namespaces: Watched<Namespace>,
+    services: Watched<Service>,
 }
 
 impl Known {
@@ -116,12 +120,14 @@ impl Known {
                 pods: self.pods.now.clone(),
                 nodes: self.nodes.now.clone(),
                 namespaces: self.namespaces.now.clone(),
+                services: self.services.now.clone(),
             },
             ..Facts::default()
         };
         self.pods.tell(&mut facts);
         self.nodes.tell(&mut facts);
         self.namespaces.tell(&mut facts);
+        self.services.tell(&mut facts);
         facts
     }
 
@@ -129,7 +135,7 @@ impl Known {
     fn heal(&mut self) -> bool {
         let now = Instant::now();
         // Each of them, not the first that was.
-        self.pods.heal(now) | self.nodes.heal(now) | self.namespaces.heal(now)
+        self.pods.heal(now) | self.nodes.heal(now) | self.namespaces.heal(now) | self.services.heal(now)
     }
 }
 
@@ -239,18 +245,23 @@ impl Backoff for FullJitter {
 }
 
 fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = said(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let mut more = cause.to_string();
-        // What the API answered is printed as a structure behind its own message.
-        more.truncate(more.find(" (Status {").unwrap_or(more.len()));
+        let more = said(cause);
         if !text.contains(&more) {
             text.push_str(": ");
             text.push_str(&more);
         }
         source = cause.source();
     }
+    text
+}
+
+/// An error's own words; what the API answered is printed as a structure behind its message, and left out.
+fn said(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    text.truncate(text.find(" (Status {").unwrap_or(text.len()));
     text
 }
 
@@ -293,9 +304,12 @@ mod tests {
     #[test]
     fn an_outage_is_told_and_takes_nothing_away() {
         let mut known = Known::default();
-        assert_eq!(known.facts().unlisted, ["pods", "nodes", "namespaces"]);
+        assert_eq!(
+            known.facts().unlisted,
+            ["pods", "nodes", "namespaces", "services"]
+        );
         list(&mut known.nodes, &[("n1", 1)]);
-        assert_eq!(known.facts().unlisted, ["pods", "namespaces"]);
+        assert_eq!(known.facts().unlisted, ["pods", "namespaces", "services"]);
         let outage = || Some(Err(watcher::Error::NoResourceVersion));
         assert!(known.nodes.take(outage()));
         assert!(!known.nodes.take(outage()), "the same again is no news");

@@ -16,6 +16,8 @@ pub struct World {
     pub nodes: BTreeMap<String, Node>,
     /// By name.
     pub namespaces: BTreeMap<String, Namespace>,
+    /// By `NAMESPACE/NAME`.
+    pub services: BTreeMap<String, Service>,
 }
 
 /// A pod.
@@ -69,6 +71,15 @@ pub struct Namespace {
     pub name: String,
     /// Whether new pods in it are opted in.
     pub opted_in: bool,
+}
+
+/// A service, as far as it is not the proxies': those are told of services by istiod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Its addresses in the cluster; none for a headless service, whose pods are called at their own.
+    pub addresses: Vec<String>,
+    /// Its ports that carry no TCP, as `53/UDP`.
+    pub beside_tcp: Vec<String>,
 }
 
 impl Pod {
@@ -162,6 +173,39 @@ impl Fact for Namespace {
     }
 }
 
+impl Fact for Service {
+    type Object = api::Service;
+    const WORD: &'static str = "services";
+
+    fn read(object: api::Service) -> (String, Self) {
+        let (meta, spec) = (object.metadata, object.spec.unwrap_or_default());
+        let listed = spec.cluster_ips.unwrap_or_default();
+        let addresses = match listed.is_empty() {
+            true => spec.cluster_ip.into_iter().collect(),
+            false => listed,
+        };
+        let beside_tcp = spec.ports.unwrap_or_default().into_iter().filter_map(|port| {
+            // TCP where nothing is said.
+            let protocol = port.protocol.filter(|protocol| protocol != "TCP")?;
+            Some(format!("{}/{protocol}", port.port))
+        });
+        let service = Self {
+            // What the API writes instead of an address.
+            addresses: addresses
+                .into_iter()
+                .filter(|address| !matches!(address.as_str(), "" | "None"))
+                .collect(),
+            beside_tcp: beside_tcp.collect(),
+        };
+        let key = format!(
+            "{}/{}",
+            meta.namespace.unwrap_or_default(),
+            meta.name.unwrap_or_default()
+        );
+        (key, service)
+    }
+}
+
 fn label(meta: &ObjectMeta, name: &str) -> Option<String> {
     meta.labels.as_ref()?.get(name).cloned()
 }
@@ -237,5 +281,27 @@ mod tests {
             .unwrap(),
         );
         assert!(namespace.opted_in);
+    }
+
+    #[test]
+    fn a_service_is_read_for_what_is_not_tcp() {
+        let read = |spec| {
+            let object = serde_json::json!({"metadata": {"name": "kube-dns", "namespace": "kube-system"}, "spec": spec});
+            Service::read(serde_json::from_value(object).unwrap())
+        };
+        let (key, dns) = read(
+            serde_json::json!({"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00::a"],
+            "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}, {"port": 9153}]}),
+        );
+        assert_eq!(key, "kube-system/kube-dns");
+        assert_eq!(dns.addresses, ["10.96.0.10", "fd00::a"]);
+        assert_eq!(dns.beside_tcp, ["53/UDP"]);
+        let (_, headless) =
+            read(serde_json::json!({"clusterIP": "None", "ports": [{"port": 53, "protocol": "UDP"}]}));
+        assert!(headless.addresses.is_empty());
+        assert_eq!(
+            read(serde_json::json!({"type": "ExternalName"})).1,
+            Service::default()
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
@@ -166,6 +166,17 @@ impl Cluster {
             .delete(pod, &DeleteParams::default().grace_period(0))
             .await
             .unwrap();
+    }
+
+    /// Makes a service of one port without pods; its address.
+    pub(crate) async fn service(&self, name: &str, port: u16, protocol: &str) -> String {
+        let service: Service = read(json!({
+            "metadata": {"name": name},
+            "spec": {"ports": [{"port": port, "protocol": protocol}]}
+        }));
+        let services = Api::<Service>::namespaced(self.client.clone(), &self.run);
+        let made = services.create(&PostParams::default(), &service).await.unwrap();
+        made.spec.unwrap().cluster_ip.unwrap()
     }
 
     pub(crate) async fn opt_namespace_in(&self) {

@@ -36,6 +36,7 @@ async fn the_controller_tells_each_adapter_what_the_real_api_knows() {
     pods_come_and_go(&cluster, &first, &second, [&n1, &n2]).await;
     namespaces_opt_in(&cluster, &first, &n1).await;
     a_wrong_annotation_takes_a_node_away_and_nothing_else(&cluster, &controller, &first, &n2).await;
+    a_service_beside_tcp_is_named(&cluster, &controller).await;
     what_an_adapter_refuses_is_shown_and_hinders_nothing(&cluster, &controller, &first, &n1).await;
     nobody_sees_anothers(&controller, &credentials, [&n1, &n2]).await;
     an_api_that_goes_away_takes_nothing_with_it(&cluster, &controller, &credentials, [&n1, &n2]).await;
@@ -162,6 +163,21 @@ async fn a_wrong_annotation_takes_a_node_away_and_nothing_else(
     cluster.annotate(n2, "192.0.2.22").await;
     first.until(|adapter| adapter.peers.contains_key(n2)).await;
     assert_eq!(first.peer(n2).unwrap().tunnel_endpoint, "192.0.2.22");
+}
+
+async fn a_service_beside_tcp_is_named(cluster: &Cluster, controller: &Controller) {
+    let address = cluster.service("names", 53, "UDP").await;
+    let object = format!("service {}", cluster.key("names"));
+    let finding = || {
+        let page: serde_json::Value = serde_json::from_str(&controller.page("/status").1).unwrap();
+        let findings = page["findings"].as_array().unwrap().clone();
+        findings
+            .into_iter()
+            .find(|finding| finding["object"] == object.as_str())
+    };
+    eventually("the service is named", || finding().is_some()).await;
+    let reason = finding().unwrap()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains(&format!("53/UDP at {address}")), "{reason}");
 }
 
 async fn what_an_adapter_refuses_is_shown_and_hinders_nothing(
