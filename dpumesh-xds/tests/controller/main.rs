@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use adapter::Adapter;
 use cluster::{Cluster, Controller, Credentials, eventually};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
 
 #[tokio::test]
@@ -106,27 +107,42 @@ async fn namespaces_opt_in(cluster: &Cluster, first: &Adapter, n1: &str) {
     let plain = cluster.pod("plain", n1, json!({"app": "plain"})).await;
     assert_eq!(plain.metadata.labels.unwrap().len(), 1, "others are left alone");
     cluster.opt_namespace_in().await;
-    let stamped = cluster
-        .pod("stamped", n1, json!({"app": "x"}))
-        .await
-        .metadata
-        .labels
-        .unwrap();
+    let stamped = created_in_an_opted_in_namespace(cluster, n1).await;
+    let labels = stamped.metadata.labels.unwrap();
     for (name, value) in [
         ("dpumesh.io/dataplane", "dpu"),
         ("sidecar.istio.io/inject", "false"),
         ("security.istio.io/tlsMode", "istio"),
     ] {
-        assert_eq!(stamped.get(name).map(String::as_str), Some(value), "{stamped:?}");
+        assert_eq!(labels.get(name).map(String::as_str), Some(value), "{labels:?}");
     }
     let out = cluster
         .pod("out", n1, json!({"dpumesh.io/dataplane": "sidecar"}))
         .await;
     assert_eq!(out.metadata.labels.unwrap().len(), 1);
-    let key = cluster.key("stamped");
+    let key = cluster.key(&stamped.metadata.name.unwrap());
     first.until(|adapter| adapter.bindings.contains_key(&key)).await;
     assert!(first.binding(&cluster.key("plain")).is_none());
     assert!(first.binding(&cluster.key("out")).is_none());
+}
+
+/// The first pod that the webhook was asked about: the API server itself learns of a namespace's labels a moment after they were written.
+async fn created_in_an_opted_in_namespace(cluster: &Cluster, n1: &str) -> Pod {
+    for attempt in 0..100 {
+        let name = format!("stamped-{attempt}");
+        let made = cluster.pod(&name, n1, json!({"app": "x"})).await;
+        if made
+            .metadata
+            .labels
+            .as_ref()
+            .is_some_and(|labels| labels.len() > 1)
+        {
+            return made;
+        }
+        cluster.delete(&name).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("no pod of an opted-in namespace was labelled within five seconds");
 }
 
 async fn a_wrong_annotation_takes_a_node_away_and_nothing_else(
