@@ -426,6 +426,20 @@ impl Node {
         Ok(count.parse().unwrap_or(0))
     }
 
+    /// Why the proxy refuses a pod's newest configuration, if it does; asked of the adapter.
+    pub(crate) fn quarantined(&self, pod: &str) -> Result<Option<String>> {
+        let mut options = Options::new((Ipv4Addr::LOCALHOST, ADAPTER_ADMIN).into());
+        options.path = "/status".to_owned();
+        let summary = self.host.run(|| http_client::get(&options))??;
+        let body = summary.first.map(|answer| answer.body).unwrap_or_default();
+        let status: Value = serde_json::from_str(&body)?;
+        let report = &status["pods"][format!("{pod}.{NAMESPACE}")];
+        if report.is_null() {
+            return Err(format!("the adapter does not know {pod}: {status}").into());
+        }
+        Ok(report["quarantined"].as_str().map(str::to_owned))
+    }
+
     /// What the agent has written down of its pods.
     pub(crate) fn leases(&self) -> Result<Value> {
         let text = fs::read_to_string(self.folder.join("agent/attachments.json"))?;

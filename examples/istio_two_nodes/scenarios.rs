@@ -27,6 +27,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("AuthorizationPolicy: allow by principal", allow),
     ("PeerAuthentication: STRICT", strict),
     ("ServiceEntry", service_entry),
+    ("a pod's configuration that its proxy refuses", quarantine),
     ("a new pod joins and leaves", join_and_leave),
     ("istiod stopped", istiod_stopped),
     ("adapter killed", adapter_killed),
@@ -79,6 +80,14 @@ fn reviews(step: &str, http: &str) -> String {
     );
     format!(
         "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: reviews, namespace: shop}}\nspec:\n  hosts: [reviews.shop.svc.cluster.local]\n  http:\n{marked}"
+    )
+}
+
+/// A VirtualService for reviews that does nothing but name its step.
+fn marked(step: &str) -> String {
+    reviews(
+        step,
+        "- MARK\n  route: [{destination: {host: reviews.shop.svc.cluster.local}}]",
     )
 }
 
@@ -498,6 +507,58 @@ spec:
     ))
 }
 
+fn quarantine(world: &mut World) -> Result<String> {
+    // istiod passes on what a filter of this kind is given; a proxy knows that no response has this status.
+    let yaml = "apiVersion: networking.istio.io/v1alpha3
+kind: EnvoyFilter
+metadata: {name: wrong, namespace: shop}
+spec:
+  workloadSelector: {labels: {app: reviews, version: v2}}
+  configPatches:
+  - applyTo: HTTP_FILTER
+    match:
+      context: SIDECAR_INBOUND
+      listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: envoy.filters.http.router}}}}
+    patch:
+      operation: INSERT_BEFORE
+      value:
+        name: envoy.filters.http.fault
+        typed_config:
+          \"@type\": type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault
+          abort: {http_status: 999, percentage: {numerator: 100}}
+";
+    let quarantined = |world: &World, pod: &str| world.nodes.all[1].quarantined(pod);
+    world.apply_only(yaml)?;
+    let begun = Instant::now();
+    world.until("reviews-2 is quarantined", |world| {
+        Ok(quarantined(world, "reviews-2")?.is_some())
+    })?;
+    let took = begun.elapsed();
+    let reason = quarantined(world, "reviews-2")?.unwrap_or_default();
+    ensure(
+        reason.to_lowercase().replace('_', "").contains("httpstatus"),
+        || format!("no word of the field in {reason:?}"),
+    )?;
+    ensure(quarantined(world, "ratings-1")?.is_none(), || {
+        "ratings-1 is quarantined too".to_owned()
+    })?;
+    // It goes on with what it had, and its neighbours change with the mesh.
+    flows(world, 100)?;
+    let effect = world.apply(&marked("beside"), |world| step(world, "beside"))?;
+    // That change was one of its own configuration too: it is tried again, and refused again.
+    world.until("reviews-2 stays quarantined", |world| {
+        Ok(quarantined(world, "reviews-2")?.is_some())
+    })?;
+    let reverted =
+        world.revert_until(|world| Ok(quarantined(world, "reviews-2")?.is_none() && step(world, "")?))?;
+    flows(world, 50)?;
+    Ok(format!(
+        "reviews-2 alone is quarantined {} ms after kubectl, and answers by its last good configuration, 200 of 200; a change of its neighbours goes on: {effect}; let in again {} ms after the deletion",
+        took.as_millis(),
+        reverted.as_millis()
+    ))
+}
+
 fn join_and_leave(world: &mut World) -> Result<String> {
     let begun = Instant::now();
     world.add_pods(&[PodSpec::new("reviews-3", "reviews", "v1", 1)])?;
@@ -547,9 +608,8 @@ fn flows(world: &World, count: u64) -> Result<()> {
 
 /// A change reaches both nodes, and goes away again.
 fn can_be_changed(world: &mut World, step_name: &str) -> Result<Duration> {
-    let http = "- MARK\n  route: [{destination: {host: reviews.shop.svc.cluster.local}}]";
     let begun = Instant::now();
-    world.apply(&reviews(step_name, http), |world| step(world, step_name))?;
+    world.apply(&marked(step_name), |world| step(world, step_name))?;
     let took = begun.elapsed();
     world.revert_until(|world| step(world, ""))?;
     Ok(took)

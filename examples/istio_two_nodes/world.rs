@@ -203,10 +203,7 @@ impl World {
 
     /// Applies YAML that the end of the scenario reverts, and waits until `shows`.
     pub(crate) fn apply(&mut self, yaml: &str, shows: impl Fn(&Self) -> Result<bool>) -> Result<Effect> {
-        let kubectl = self.nodes.control.apply(yaml)?;
-        if !self.applied.iter().any(|known| known == yaml) {
-            self.applied.push(yaml.to_owned());
-        }
+        let kubectl = self.apply_only(yaml)?;
         let begun = Instant::now();
         self.until("what was applied changes traffic", shows)?;
         let after = begun.elapsed();
@@ -215,6 +212,15 @@ impl World {
             after,
         );
         Ok(Effect { kubectl, after })
+    }
+
+    /// Applies YAML that the end of the scenario reverts; how long kubectl took.
+    pub(crate) fn apply_only(&mut self, yaml: &str) -> Result<Duration> {
+        let took = self.nodes.control.apply(yaml)?;
+        if !self.applied.iter().any(|known| known == yaml) {
+            self.applied.push(yaml.to_owned());
+        }
+        Ok(took)
     }
 
     /// Keeps how long something took; the first of each name.

@@ -163,8 +163,9 @@ impl Governor {
         chosen.map(|view| PodView::clone(view)).collect()
     }
 
-    /// What [`Self::views`] became, and its generation. Nothing was put or removed between.
-    pub fn published(&mut self, generation: u64, made: &Aggregate) {
+    /// What [`Self::views`] became, and its generation: the one before, where nothing is different in it. Nothing was put or removed between.
+    /// Whether [`Self::views`] is another one now.
+    pub fn published(&mut self, generation: u64, made: &Aggregate) -> bool {
         self.generation = generation;
         self.users = made.users.clone();
         for (key, standing) in &mut self.pods {
@@ -179,8 +180,8 @@ impl Governor {
                 standing.governed = None;
             }
         }
-        // A view may come again and change nothing: the proxies have it already.
-        self.taken();
+        // A view may come again and change nothing: the proxies have it already, and say no more of it.
+        self.in_step()
     }
 
     /// What a proxy said. Whether [`Self::views`] is another one now.

@@ -191,7 +191,7 @@ impl Adapter {
             };
             let changed = self.views_changed();
             if again || !changed.is_empty() {
-                self.publish().await;
+                while self.publish().await {}
             }
         }
     }
@@ -292,9 +292,10 @@ impl Adapter {
         waits
     }
 
-    async fn publish(&mut self) {
+    /// Tells the proxies what is to be told now; whether it is another thing already.
+    async fn publish(&mut self) -> bool {
         if self.waits() {
-            return;
+            return false;
         }
         let views = self.governor.views();
         let options = self.parts.options;
@@ -303,7 +304,7 @@ impl Adapter {
             Ok(made) => Arc::new(made),
             Err(error) => {
                 tracing::error!(%error, "aggregation failed; the last good configuration stays");
-                return;
+                return false;
             }
         };
         said(&made);
@@ -318,7 +319,7 @@ impl Adapter {
             self.published = Some((generation, snapshot));
         }
         let generation = self.published.as_ref().map_or(0, |(generation, _)| *generation);
-        self.governor.published(generation, &made);
+        let again = self.governor.published(generation, &made);
         self.last = made;
         tracing::info!(
             generation,
@@ -336,6 +337,7 @@ impl Adapter {
             shown.octets = octets;
         });
         self.show();
+        again
     }
 
     fn show(&self) {
