@@ -513,8 +513,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
             .unwrap_or_default();
         filter.as_ref().is_none_or(|f| f.is_match(name))
     };
-    let typed = |kind: &str, value: &Value| {
-        let mut value = value.clone();
+    let typed = |kind: &str, mut value: Value| {
         if let Some(map) = value.as_object_mut() {
             map.insert(
                 "@type".to_owned(),
@@ -523,14 +522,14 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         }
         value
     };
-    let fixed = |field: &str, kind: &str, all: &[Value]| -> Vec<Value> {
-        all.iter()
+    let fixed = |field: &str, kind: &str, all: Vec<Value>| -> Vec<Value> {
+        all.into_iter()
             .filter(|v| named(v))
             .map(|v| json!({field: typed(kind, v)}))
             .collect()
     };
-    let moving = |field: &str, kind: &str, all: &[(String, Value)]| -> Vec<Value> {
-        let wanted = all.iter().filter(|(_, v)| named(v));
+    let moving = |field: &str, kind: &str, all: Vec<(String, Value)>| -> Vec<Value> {
+        let wanted = all.into_iter().filter(|(_, v)| named(v));
         wanted
             .map(|(version, v)| json!({"version_info": version, field: typed(kind, v)}))
             .collect()
@@ -540,8 +539,8 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
     const ROUTE: &str = "envoy.config.route.v3.RouteConfiguration";
     const ENDPOINT: &str = "envoy.config.endpoint.v3.ClusterLoadAssignment";
     let dynamic_listeners: Vec<Value> = dump
-        .dynamic_listeners
-        .iter()
+        .dynamic_listeners()
+        .into_iter()
         .filter(|(_, v)| named(v))
         .map(|(version, v)| {
             json!({"name": v["name"], "active_state": {"version_info": version, "listener": typed(LISTENER, v)}})
@@ -549,16 +548,16 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         .collect();
     let kind = |name: &str| format!("type.googleapis.com/envoy.admin.v3.{name}");
     let mut configs = vec![
-        json!({"@type": kind("BootstrapConfigDump"), "bootstrap": dump.bootstrap}),
+        json!({"@type": kind("BootstrapConfigDump"), "bootstrap": dump.bootstrap()}),
         json!({"@type": kind("ClustersConfigDump"),
-            "static_clusters": fixed("cluster", CLUSTER, &dump.static_clusters),
-            "dynamic_active_clusters": moving("cluster", CLUSTER, &dump.dynamic_clusters)}),
+            "static_clusters": fixed("cluster", CLUSTER, dump.static_clusters()),
+            "dynamic_active_clusters": moving("cluster", CLUSTER, dump.dynamic_clusters())}),
         json!({"@type": kind("ListenersConfigDump"),
-            "static_listeners": fixed("listener", LISTENER, &dump.static_listeners),
+            "static_listeners": fixed("listener", LISTENER, dump.static_listeners()),
             "dynamic_listeners": dynamic_listeners}),
         json!({"@type": kind("RoutesConfigDump"),
-            "static_route_configs": fixed("route_config", ROUTE, &dump.static_routes),
-            "dynamic_route_configs": moving("route_config", ROUTE, &dump.dynamic_routes)}),
+            "static_route_configs": fixed("route_config", ROUTE, dump.static_routes()),
+            "dynamic_route_configs": moving("route_config", ROUTE, dump.dynamic_routes())}),
     ];
     if query
         .0
@@ -566,7 +565,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         .any(|q| q.split('=').next() == Some("include_eds"))
     {
         configs.push(json!({"@type": kind("EndpointsConfigDump"),
-            "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, &dump.endpoints)}));
+            "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, dump.endpoints())}));
     }
     configs.push(secrets_dump(secrets, &|name| {
         filter.as_ref().is_none_or(|f| f.is_match(name))

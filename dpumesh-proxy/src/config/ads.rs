@@ -17,8 +17,8 @@ use prost::Message as _;
 use prost_reflect::DynamicMessage;
 
 use super::ConfigError;
-use super::files::{Item, Service, json};
-use super::model::Dump;
+use super::dump::{Dump, Item};
+use super::files::Service;
 use super::schema::{self, At};
 use super::support;
 use super::translate::{ADS, Context, Result, socket_address};
@@ -100,11 +100,11 @@ impl AdsResources {
     pub(super) fn endpoints_and_routes(&self, context: &mut Context<'_>, dump: &mut Dump) {
         let key = |name: &String| (ADS.to_owned(), name.clone());
         for (name, item) in &self.routes {
-            dump.dynamic_routes.push((item.version.clone(), json(&item.at)));
+            dump.routes.push(Arc::clone(item));
             context.rds.insert(key(name), Arc::clone(item));
         }
         for (name, item) in &self.endpoints {
-            dump.endpoints.push((item.version.clone(), json(&item.at)));
+            dump.endpoints.push(Arc::clone(item));
             context.eds.insert(key(name), Arc::clone(item));
         }
     }

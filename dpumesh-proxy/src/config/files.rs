@@ -15,7 +15,8 @@ use dpumesh_xds::client::{Applied, Update};
 
 use super::ConfigError;
 use super::ads::{self, AdsResources};
-use super::model::{Config, Dump, Node};
+use super::dump::{Dump, Item, Placed};
+use super::model::{Config, Node, Subscriptions};
 use super::schema::{At, unpack_any, value_to_message};
 use super::support;
 use super::text::text_to_value;
@@ -65,13 +66,6 @@ struct Resources {
     items: Vec<Arc<Item>>,
 }
 
-/// A resource with its version.
-#[derive(Debug)]
-pub(super) struct Item {
-    pub(super) at: At,
-    pub(super) version: String,
-}
-
 /// What tells one state of a file on disk from another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Stamp {
@@ -91,7 +85,7 @@ struct Known {
 /// A bootstrap and its files.
 #[derive(Debug)]
 pub struct Files {
-    bootstrap: At,
+    bootstrap: Arc<At>,
     known: BTreeMap<(Service, String), Known>,
     pub(super) ads: AdsResources,
     generation: u64,
@@ -117,7 +111,7 @@ impl Files {
         let message = value_to_message("envoy.config.bootstrap.v3.Bootstrap", &value, "")?;
         support::check(&message, "")?;
         Ok(Self {
-            bootstrap: At::new(message, ""),
+            bootstrap: Arc::new(At::new(message, "")),
             known: BTreeMap::new(),
             ads: AdsResources::default(),
             generation: 0,
@@ -389,14 +383,14 @@ fn count(registry: &Registry, config: &Config, service: Service, path: &str, goo
         Service::Lds => subscription("listener_manager.lds"),
         Service::Cds => subscription("cluster_manager.cds"),
         Service::Rds => {
-            for (_, name) in config.dump.rds_files.iter().filter(|(file, _)| file == path) {
+            for (_, name) in config.reads.routes.iter().filter(|(file, _)| file == path) {
                 subscription(name);
             }
         }
         Service::Eds => {
             for cluster in config
-                .dump
-                .eds_files
+                .reads
+                .endpoints
                 .iter()
                 .filter(|(file, _)| file == path)
                 .map(|(_, c)| *c)
@@ -496,7 +490,7 @@ type Gathered = (Arc<Item>, Option<String>);
 type Read<'a> = &'a mut dyn FnMut(Service, &WatchedFile) -> Result<Resources>;
 
 fn compile(
-    bootstrap: &At,
+    bootstrap: &Arc<At>,
     generation: u64,
     registry: &Registry,
     sinks: &Sinks,
@@ -505,10 +499,8 @@ fn compile(
 ) -> Result<Config> {
     let fixed = bootstrap.message("static_resources");
     let dynamic = bootstrap.message("dynamic_resources");
-    let mut dump = Dump {
-        bootstrap: json(bootstrap),
-        ..Dump::default()
-    };
+    let mut dump = Dump::new(Arc::clone(bootstrap));
+    let mut reads = Subscriptions::default();
     let mut gather = |service: Service, field: &str, source: &str| -> Result<Vec<Gathered>> {
         let listed = fixed.iter().flat_map(|f| f.messages(field));
         let fixed = |at| {
@@ -549,7 +541,7 @@ fn compile(
                 file.as_ref(),
             ));
         }
-        read_endpoints(&mut context, &mut dump, index, cluster, read)
+        read_endpoints(&mut context, &mut dump, &mut reads, index, cluster, read)
             .map_err(|e| from(e, "cluster", &name, file.as_ref()))?;
     }
     let mut compiled = Vec::new();
@@ -558,10 +550,10 @@ fn compile(
         let name = at.text("name");
         let cluster = context.cluster(at, file.is_some());
         compiled.push(cluster.map_err(|e| from(e, "cluster", &name, file.as_ref()))?);
-        match file {
-            Some(_) => dump.dynamic_clusters.push((item.version.clone(), json(at))),
-            None => dump.static_clusters.push(json(at)),
-        }
+        dump.clusters.push(Placed {
+            item: Arc::clone(item),
+            dynamic: file.is_some(),
+        });
     }
     let mut names = HashSet::new();
     let mut compiled_listeners = Vec::new();
@@ -569,16 +561,16 @@ fn compile(
         let at = &item.at;
         let name = at.text("name");
         let wrap = |e| from(e, "listener", &name, file.as_ref());
-        read_routes(&mut context, &mut dump, at, read).map_err(wrap)?;
+        read_routes(&mut context, &mut dump, &mut reads, at, read).map_err(wrap)?;
         let listener = context.listener(at, file.is_some()).map_err(wrap)?;
         if !names.insert(listener.name.clone()) {
             return Err(wrap(at.refuse("name", "appears twice")));
         }
         compiled_listeners.push(listener);
-        match file {
-            Some(_) => dump.dynamic_listeners.push((item.version.clone(), json(at))),
-            None => dump.static_listeners.push(json(at)),
-        }
+        dump.listeners.push(Placed {
+            item: Arc::clone(item),
+            dynamic: file.is_some(),
+        });
     }
     let node = bootstrap.message("node");
     let node = node
@@ -595,6 +587,7 @@ fn compile(
         admin,
         listeners: compiled_listeners,
         clusters: compiled,
+        reads,
         dump,
     })
 }
@@ -611,6 +604,7 @@ fn from(error: ConfigError, noun: &str, name: &str, file: Option<&String>) -> Co
 fn read_endpoints(
     context: &mut Context<'_>,
     dump: &mut Dump,
+    reads: &mut Subscriptions,
     index: usize,
     cluster: &At,
     read: Read<'_>,
@@ -622,21 +616,27 @@ fn read_endpoints(
         return Ok(());
     };
     let file = source_file(&source)?;
-    dump.eds_files.push((file.path.clone(), index));
+    reads.endpoints.push((file.path.clone(), index));
     if file.path == ADS {
         return Ok(());
     }
     for item in read(Service::Eds, &file)?.items {
         let key = (file.path.clone(), item.at.text("cluster_name"));
         if let Entry::Vacant(entry) = context.eds.entry(key) {
-            dump.endpoints.push((item.version.clone(), json(&item.at)));
+            dump.endpoints.push(Arc::clone(&item));
             entry.insert(item);
         }
     }
     Ok(())
 }
 
-fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: Read<'_>) -> Result<()> {
+fn read_routes(
+    context: &mut Context<'_>,
+    dump: &mut Dump,
+    reads: &mut Subscriptions,
+    listener: &At,
+    read: Read<'_>,
+) -> Result<()> {
     let chains = listener
         .messages("filter_chains")
         .into_iter()
@@ -645,9 +645,6 @@ fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: 
         let Some(config) = filter.any("typed_config")? else {
             continue;
         };
-        if let Some(inline) = config.message("route_config") {
-            dump.static_routes.push(json(&inline));
-        }
         let Some(rds) = config.message("rds") else {
             continue;
         };
@@ -657,44 +654,17 @@ fn read_routes(context: &mut Context<'_>, dump: &mut Dump, listener: &At, read: 
         let file = source_file(&source)?;
         let name = rds.text("route_config_name");
         let scope = format!("http.{}.rds.{name}", config.text("stat_prefix"));
-        dump.rds_files.push((file.path.clone(), scope));
+        reads.routes.push((file.path.clone(), scope));
         if file.path == ADS {
             continue;
         }
         for item in read(Service::Rds, &file)?.items {
             let key = (file.path.clone(), item.at.text("name"));
             if let Entry::Vacant(entry) = context.rds.entry(key) {
-                dump.dynamic_routes.push((item.version.clone(), json(&item.at)));
+                dump.routes.push(Arc::clone(&item));
                 entry.insert(item);
             }
         }
     }
     Ok(())
-}
-
-pub(super) fn json(at: &At) -> serde_json::Value {
-    let options = prost_reflect::SerializeOptions::new().use_proto_field_name(true);
-    let value = at
-        .message
-        .serialize_with_options(serde_json::value::Serializer, &options);
-    let mut value = value.unwrap_or_default();
-    redact(&mut value);
-    value
-}
-
-/// Takes private keys out of what is shown; the names of their files stay.
-fn redact(value: &mut serde_json::Value) {
-    match value {
-        serde_json::Value::Object(fields) => {
-            for (name, value) in fields {
-                if name == "private_key" && value.get("filename").is_none() {
-                    *value = serde_json::json!({"inline_string": "[redacted]"});
-                } else {
-                    redact(value);
-                }
-            }
-        }
-        serde_json::Value::Array(items) => items.iter_mut().for_each(redact),
-        _ => {}
-    }
 }

@@ -7,6 +7,7 @@
 //! not at all.
 
 pub mod ads;
+pub mod dump;
 pub mod files;
 mod http_filters;
 pub mod model;

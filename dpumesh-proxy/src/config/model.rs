@@ -11,6 +11,7 @@ use std::time::Duration;
 use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
 
+use super::dump::Dump;
 use crate::access_log::AccessLog;
 use crate::http1::policy::HttpPolicy;
 use crate::listener::{Facts, Inspectors, Matcher, Transport};
@@ -31,6 +32,8 @@ pub struct Config {
     pub listeners: Vec<Arc<Listener>>,
     /// Clusters; [`ClusterRef::index`] points here.
     pub clusters: Vec<Arc<Cluster>>,
+    /// The files it was read from.
+    pub reads: Subscriptions,
     /// The resources as they were read, for `/config_dump`.
     pub dump: Dump,
 }
@@ -51,29 +54,13 @@ pub struct Node {
     pub cluster: String,
 }
 
-/// The resources as JSON.
+/// Which files are read for what, for the statistics of their updates.
 #[derive(Debug, Default)]
-pub struct Dump {
-    /// The bootstrap.
-    pub bootstrap: serde_json::Value,
-    /// Static listeners.
-    pub static_listeners: Vec<serde_json::Value>,
-    /// Listeners from LDS, with the version of their file.
-    pub dynamic_listeners: Vec<(String, serde_json::Value)>,
-    /// Static clusters.
-    pub static_clusters: Vec<serde_json::Value>,
-    /// Clusters from CDS.
-    pub dynamic_clusters: Vec<(String, serde_json::Value)>,
-    /// Inline route configurations.
-    pub static_routes: Vec<serde_json::Value>,
-    /// Route configurations from RDS.
-    pub dynamic_routes: Vec<(String, serde_json::Value)>,
-    /// Endpoint assignments from EDS.
-    pub endpoints: Vec<(String, serde_json::Value)>,
-    /// EDS file → index of a cluster that reads it.
-    pub eds_files: Vec<(String, usize)>,
-    /// RDS file → the statistics scope of a subscription to it.
-    pub rds_files: Vec<(String, String)>,
+pub struct Subscriptions {
+    /// File and index of a cluster that has its endpoints from it.
+    pub endpoints: Vec<(String, usize)>,
+    /// File and statistics scope of a subscription to its routes.
+    pub routes: Vec<(String, String)>,
 }
 
 /// A reference to a cluster by name, resolved where possible.

@@ -13,7 +13,7 @@ use prost_reflect::Value;
 use dpumesh_hw::stream::kernel::SocketOptions;
 
 use super::ConfigError;
-use super::files::Item;
+use super::dump::Item;
 use super::http_filters;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{

@@ -61,7 +61,7 @@ fn the_good_one_compiles_and_json_gives_the_same() {
     let yaml = load("a.yaml", GOOD).unwrap();
     let json: serde_json::Value = serde_saphyr::from_str(GOOD).unwrap();
     let json = load("a.json", &json.to_string()).unwrap();
-    assert_eq!(yaml.dump.bootstrap, json.dump.bootstrap);
+    assert_eq!(yaml.dump.bootstrap(), json.dump.bootstrap());
     assert_eq!(yaml.listeners[0].fingerprint, json.listeners[0].fingerprint);
     assert_eq!(yaml.clusters[0].endpoints, json.clusters[0].endpoints);
     assert_eq!(yaml.clusters[0].endpoints[0].address.to_string(), "[::1]:2");
