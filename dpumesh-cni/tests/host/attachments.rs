@@ -183,8 +183,9 @@ pub(crate) fn what_no_runtime_takes_away_is_collected() {
     assert_eq!((world.leased(), forgotten.links()), (1, vec!["lo".to_owned()]));
     // A pod whose namespace is gone, and nobody asks.
     drop(kept);
-    eventually("the VF of a pod that is gone is free", || world.leased() == 0);
-    assert!(world.journal().is_empty());
+    eventually("nothing is left of a pod that is gone", || {
+        world.leased() == 0 && world.journal().is_empty()
+    });
 }
 
 pub(crate) fn pods_of_two_nodes_meet() {
