@@ -4,7 +4,7 @@
 //! the configuration files and the admin server; it opens listening sockets (inside the stack's network namespace, if
 //! there is one), swaps the configuration pointer and tells the workers. Nothing on it can hold up a request.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -689,8 +689,12 @@ fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {
     let clusters = shared.registry.scope("cluster_manager", ClusterManager::TABLE);
     let server = shared.registry.scope("server", Server::TABLE);
     let one = Shard::CONTROL;
+    let old_listeners = by_name(before.map(|b| b.listeners.as_slice()), |listener| &listener.name);
+    let old_clusters = by_name(before.map(|b| b.clusters.as_slice()), |cluster| &cluster.name);
+    let mut kept = (0, 0);
     for listener in &now.listeners {
-        let old = before.and_then(|b| b.listeners.iter().find(|l| l.name == listener.name));
+        let old = old_listeners.get(listener.name.as_str());
+        kept.0 += usize::from(old.is_some());
         match old {
             None => {
                 listeners.inc(one, ListenerManager::Added);
@@ -707,7 +711,11 @@ fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {
         }
     }
     for cluster in &now.clusters {
-        let old = before.and_then(|b| b.clusters.iter().find(|c| c.name == cluster.name));
+        let old = old_clusters.get(cluster.name.as_str());
+        kept.1 += usize::from(old.is_some());
+        if old.is_some_and(|old| Arc::ptr_eq(old, cluster)) {
+            continue;
+        }
         if old.is_none() {
             clusters.inc(one, ClusterManager::Added);
         }
@@ -720,25 +728,25 @@ fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {
             .set(one, Cluster::MembershipTotal, cluster.endpoints.len() as u64);
         cluster.stats.set(one, Cluster::MembershipHealthy, healthy as u64);
     }
-    if let Some(before) = before {
-        let gone = before
-            .listeners
-            .iter()
-            .filter(|b| !now.listeners.iter().any(|l| l.name == b.name))
-            .count();
-        listeners.add(one, ListenerManager::Removed, gone as u64);
-        let gone = before
-            .clusters
-            .iter()
-            .filter(|b| !now.clusters.iter().any(|c| c.name == b.name))
-            .count();
-        clusters.add(one, ClusterManager::Removed, gone as u64);
-    }
+    listeners.add(
+        one,
+        ListenerManager::Removed,
+        (old_listeners.len() - kept.0) as u64,
+    );
+    clusters.add(one, ClusterManager::Removed, (old_clusters.len() - kept.1) as u64);
     listeners.set(one, ListenerManager::Active, now.listeners.len() as u64);
     listeners.set(one, ListenerManager::WorkersStarted, 1);
     clusters.set(one, ClusterManager::Active, now.clusters.len() as u64);
     server.set(one, Server::Concurrency, shared.options.concurrency as u64);
     server.set(one, Server::Live, 1);
+}
+
+fn by_name<'a, T>(
+    all: Option<&'a [Arc<T>]>,
+    name: impl Fn(&'a T) -> &'a str,
+) -> HashMap<&'a str, &'a Arc<T>> {
+    let all = all.unwrap_or_default().iter();
+    all.map(|one| (name(one), one)).collect()
 }
 
 struct Signals {

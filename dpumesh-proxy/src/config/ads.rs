@@ -17,8 +17,9 @@ use prost::Message as _;
 use prost_reflect::DynamicMessage;
 
 use super::ConfigError;
-use super::dump::{Dump, Item};
+use super::dump::Dump;
 use super::files::Service;
+use super::resource::Item;
 use super::schema::{self, At};
 use super::support;
 use super::translate::{ADS, Context, Result, socket_address};
@@ -66,19 +67,19 @@ impl AdsResources {
 
     /// Finds out what is in force, and forgets what nothing refers to.
     fn settle(&mut self) {
-        self.ready_listeners = ready(&self.listeners, &self.ready_listeners, |at| {
-            route_names(at).iter().all(|name| self.routes.contains_key(name))
+        self.ready_listeners = ready(&self.listeners, &self.ready_listeners, |item| {
+            route_names(item).all(|name| self.routes.contains_key(name))
         });
-        self.ready_clusters = ready(&self.clusters, &self.ready_clusters, |at| {
-            endpoints_name(at).is_none_or(|name| self.endpoints.contains_key(&name))
+        self.ready_clusters = ready(&self.clusters, &self.ready_clusters, |item| {
+            endpoints_name(item).is_none_or(|name| self.endpoints.contains_key(&name))
         });
         let mut routes = BTreeSet::new();
         for item in self.listeners.values().chain(self.ready_listeners.values()) {
-            routes.extend(route_names(&item.at));
+            routes.extend(route_names(item));
         }
-        self.routes.retain(|name, _| routes.contains(name));
+        self.routes.retain(|name, _| routes.contains(name.as_str()));
         let clusters = self.clusters.values().chain(self.ready_clusters.values());
-        let endpoints: BTreeSet<String> = clusters.filter_map(|item| endpoints_name(&item.at)).collect();
+        let endpoints: BTreeSet<String> = clusters.filter_map(|item| endpoints_name(item)).collect();
         self.endpoints.retain(|name, _| endpoints.contains(name));
     }
 
@@ -111,23 +112,23 @@ impl AdsResources {
 
     /// The names to be asked for.
     pub(super) fn wanted(&self) -> Vec<(ResourceType, BTreeSet<String>)> {
-        let routes = self.listeners.values().flat_map(|item| route_names(&item.at));
-        let endpoints = self.clusters.values().filter_map(|item| endpoints_name(&item.at));
+        let routes = self.listeners.values().flat_map(|item| route_names(item));
+        let endpoints = self.clusters.values().filter_map(|item| endpoints_name(item));
         vec![
             (ResourceType::Endpoints, endpoints.collect()),
-            (ResourceType::Route, routes.collect()),
+            (ResourceType::Route, routes.map(str::to_owned).collect()),
         ]
     }
 }
 
 /// Of each accepted resource the newest version that has all it needs.
-fn ready(accepted: &Items, before: &Items, has_all: impl Fn(&At) -> bool) -> Items {
+fn ready(accepted: &Items, before: &Items, has_all: impl Fn(&Item) -> bool) -> Items {
     let mut ready = Items::new();
     for (name, item) in accepted {
         let old = before.get(name);
-        if has_all(&item.at) {
+        if has_all(item) {
             ready.insert(name.clone(), Arc::clone(item));
-        } else if let Some(old) = old.filter(|old| has_all(&old.at)) {
+        } else if let Some(old) = old.filter(|old| has_all(old)) {
             ready.insert(name.clone(), Arc::clone(old));
         }
     }
@@ -135,34 +136,18 @@ fn ready(accepted: &Items, before: &Items, has_all: impl Fn(&At) -> bool) -> Ite
 }
 
 /// The route configurations by the stream that a listener names.
-fn route_names(listener: &At) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    let chains = listener
-        .messages("filter_chains")
-        .into_iter()
-        .chain(listener.message("default_filter_chain"));
-    for filter in chains.flat_map(|chain| chain.messages("filters")) {
-        let Ok(Some(config)) = filter.any("typed_config") else {
-            continue;
-        };
-        let Some(rds) = config.message("rds") else {
-            continue;
-        };
-        if rds.message("config_source").is_some_and(|s| s.has("ads")) {
-            names.insert(rds.text("route_config_name"));
-        }
-    }
-    names
+fn route_names(listener: &Item) -> impl Iterator<Item = &str> {
+    // One that cannot be read is refused when it is compiled.
+    let uses = listener.routes().unwrap_or_default();
+    uses.iter()
+        .filter(|one| one.file.path == ADS)
+        .map(|one| one.name.as_str())
 }
 
 /// The endpoint assignment by the stream that a cluster names.
-fn endpoints_name(cluster: &At) -> Option<String> {
-    let eds = cluster.message("eds_cluster_config")?;
-    if !eds.message("eds_config").is_some_and(|s| s.has("ads")) {
-        return None;
-    }
-    let service = Some(eds.text("service_name")).filter(|s| !s.is_empty());
-    Some(service.unwrap_or_else(|| cluster.text("name")))
+fn endpoints_name(cluster: &Item) -> Option<String> {
+    let found = cluster.endpoints().ok().flatten();
+    found.filter(|one| one.file.path == ADS).map(|one| one.name)
 }
 
 /// An update, decoded and checked by itself.
@@ -250,10 +235,7 @@ fn item(service: Service, resource: &dpumesh_xds::discovery::Resource) -> Result
             format!("{name:?} is not the resource's name {:?}", resource.name),
         ));
     }
-    Ok(Item {
-        at,
-        version: resource.version.clone(),
-    })
+    Ok(Item::new(at, resource.version.clone()))
 }
 
 /// Counts an update under the names Envoy uses for the subscription.

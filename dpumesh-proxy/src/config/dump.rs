@@ -5,15 +5,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::resource::{Item, filters};
 use super::schema::At;
-
-/// A resource with its version.
-#[derive(Debug)]
-pub(super) struct Item {
-    pub(super) at: At,
-    /// Empty for what stands in the bootstrap.
-    pub(super) version: String,
-}
 
 /// A listener or cluster, and whether it came by a file or a stream of its own.
 #[derive(Debug)]
@@ -70,11 +63,8 @@ impl Dump {
 
     /// Route configurations that stand in listeners.
     pub fn static_routes(&self) -> Vec<Value> {
-        let connection_managers = self
-            .listeners
-            .iter()
-            .flat_map(|placed| connection_managers(&placed.item.at));
-        let inline = connection_managers.filter_map(|manager| manager.message("route_config"));
+        let filters = self.listeners.iter().flat_map(|placed| filters(&placed.item.at));
+        let inline = filters.filter_map(|filter| filter.ok().flatten()?.message("route_config"));
         inline.map(|routes| json(&routes)).collect()
     }
 
@@ -87,16 +77,6 @@ impl Dump {
     pub fn endpoints(&self) -> Vec<(String, Value)> {
         self.endpoints.iter().map(|item| versioned(item)).collect()
     }
-}
-
-/// The configurations of a listener's filters, as far as they are of a known type.
-fn connection_managers(listener: &At) -> impl Iterator<Item = At> + use<> {
-    let chains = listener
-        .messages("filter_chains")
-        .into_iter()
-        .chain(listener.message("default_filter_chain"));
-    let filters = chains.flat_map(|chain| chain.messages("filters"));
-    filters.filter_map(|filter| filter.any("typed_config").ok().flatten())
 }
 
 fn fixed(placed: &[Placed]) -> Vec<Value> {

@@ -5,6 +5,7 @@
 //! and gives a new [`Config`] on only when all of it compiles; a content that was refused is remembered so that it is
 //! reported once, and the last good one goes on serving.
 
+use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -15,8 +16,10 @@ use dpumesh_xds::client::{Applied, Update};
 
 use super::ConfigError;
 use super::ads::{self, AdsResources};
-use super::dump::{Dump, Item, Placed};
+use super::dump::{Dump, Placed};
+use super::made::Made;
 use super::model::{Config, Node, Subscriptions};
+use super::resource::{EndpointsUse, Item, RouteUse};
 use super::schema::{At, unpack_any, value_to_message};
 use super::support;
 use super::text::text_to_value;
@@ -82,10 +85,34 @@ struct Known {
     good: Resources,
 }
 
+/// The bootstrap, and the resources that stand in it.
+#[derive(Debug)]
+struct Bootstrap {
+    at: Arc<At>,
+    listeners: Vec<Arc<Item>>,
+    clusters: Vec<Arc<Item>>,
+}
+
+impl Bootstrap {
+    fn new(at: At) -> Self {
+        let fixed = at.message("static_resources");
+        let items = |field: &str| {
+            let listed = fixed.iter().flat_map(|fixed| fixed.messages(field));
+            listed.map(|at| Arc::new(Item::new(at, String::new()))).collect()
+        };
+        Self {
+            listeners: items("listeners"),
+            clusters: items("clusters"),
+            at: Arc::new(at),
+        }
+    }
+}
+
 /// A bootstrap and its files.
 #[derive(Debug)]
 pub struct Files {
-    bootstrap: Arc<At>,
+    bootstrap: Bootstrap,
+    made: Made,
     known: BTreeMap<(Service, String), Known>,
     pub(super) ads: AdsResources,
     generation: u64,
@@ -111,7 +138,8 @@ impl Files {
         let message = value_to_message("envoy.config.bootstrap.v3.Bootstrap", &value, "")?;
         support::check(&message, "")?;
         Ok(Self {
-            bootstrap: Arc::new(At::new(message, "")),
+            bootstrap: Bootstrap::new(At::new(message, "")),
+            made: Made::default(),
             known: BTreeMap::new(),
             ads: AdsResources::default(),
             generation: 0,
@@ -123,7 +151,11 @@ impl Files {
     /// # Errors
     /// The address is none.
     pub fn admin(&self) -> Result<Option<std::net::SocketAddr>> {
-        let address = self.bootstrap.message("admin").and_then(|a| a.message("address"));
+        let address = self
+            .bootstrap
+            .at
+            .message("admin")
+            .and_then(|a| a.message("address"));
         address.map(|a| socket_address(&a)).transpose()
     }
 
@@ -132,7 +164,7 @@ impl Files {
     /// # Errors
     /// The first thing refused, in whichever file.
     pub fn load(&mut self, registry: &Registry, sinks: &Sinks) -> Result<Config> {
-        ads::server(&self.bootstrap)?;
+        ads::server(&self.bootstrap.at)?;
         let mut fresh = HashMap::new();
         let mut read = |service: Service, file: &WatchedFile| {
             let key = (service, file.path.clone());
@@ -144,8 +176,9 @@ impl Files {
             fresh.insert(key, (stamp, resources.clone()));
             Ok(resources)
         };
-        let config = compile(
+        let (config, made) = compile(
             &self.bootstrap,
+            &self.made,
             self.generation + 1,
             registry,
             sinks,
@@ -163,6 +196,7 @@ impl Files {
                 },
             );
         }
+        self.made = made;
         self.generation += 1;
         Ok(config)
     }
@@ -211,7 +245,7 @@ impl Files {
     /// # Errors
     /// It is named in a way that is not supported.
     pub fn ads_server(&self) -> Result<Option<ads::Server>> {
-        ads::server(&self.bootstrap)
+        ads::server(&self.bootstrap.at)
     }
 
     /// Tries a change that the aggregated stream brought; resources at fault are left out one by one, with all others
@@ -264,8 +298,9 @@ impl Files {
                 "a resource of the aggregated stream names a file",
             )),
         };
-        let config = compile(
+        let (config, made) = compile(
             &self.bootstrap,
+            &self.made,
             self.generation + 1,
             registry,
             sinks,
@@ -273,6 +308,7 @@ impl Files {
             &mut read,
         )?;
         accept(config)?;
+        self.made = made;
         self.generation += 1;
         Ok(())
     }
@@ -330,8 +366,9 @@ impl Files {
             used.insert((service, file.path.clone()));
             read(service, file)
         };
-        let config = compile(
+        let (config, made) = compile(
             &self.bootstrap,
+            &self.made,
             self.generation + 1,
             registry,
             sinks,
@@ -339,6 +376,7 @@ impl Files {
             &mut note,
         )?;
         accept(config)?;
+        self.made = made;
         for (key, (stamp, good)) in fresh {
             self.known.insert(
                 key,
@@ -454,12 +492,7 @@ fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
             return Err(response.refuse(field.name(), "is not supported yet"));
         }
     }
-    let item = |at| {
-        Arc::new(Item {
-            at,
-            version: version.clone(),
-        })
-    };
+    let item = |at| Arc::new(Item::new(at, version.clone()));
     Ok(Resources {
         items: items.into_iter().map(item).collect(),
     })
@@ -490,24 +523,20 @@ type Gathered = (Arc<Item>, Option<String>);
 type Read<'a> = &'a mut dyn FnMut(Service, &WatchedFile) -> Result<Resources>;
 
 fn compile(
-    bootstrap: &Arc<At>,
+    bootstrap: &Bootstrap,
+    before: &Made,
     generation: u64,
     registry: &Registry,
     sinks: &Sinks,
     ads: &AdsResources,
     read: Read<'_>,
-) -> Result<Config> {
-    let fixed = bootstrap.message("static_resources");
-    let dynamic = bootstrap.message("dynamic_resources");
-    let mut dump = Dump::new(Arc::clone(bootstrap));
+) -> Result<(Config, Made)> {
+    let fixed = bootstrap.at.message("static_resources");
+    let dynamic = bootstrap.at.message("dynamic_resources");
+    let mut dump = Dump::new(Arc::clone(&bootstrap.at));
     let mut reads = Subscriptions::default();
-    let mut gather = |service: Service, field: &str, source: &str| -> Result<Vec<Gathered>> {
-        let listed = fixed.iter().flat_map(|f| f.messages(field));
-        let fixed = |at| {
-            let version = String::new();
-            (Arc::new(Item { at, version }), None)
-        };
-        let mut all: Vec<_> = listed.map(fixed).collect();
+    let mut gather = |service: Service, fixed: &[Arc<Item>], source: &str| -> Result<Vec<Gathered>> {
+        let mut all: Vec<_> = fixed.iter().map(|item| (Arc::clone(item), None)).collect();
         if let Some(source) = dynamic.as_ref().and_then(|d| d.message(source)) {
             let file = source_file(&source)?;
             let items = if file.path == ADS {
@@ -519,15 +548,18 @@ fn compile(
         }
         Ok(all)
     };
-    let clusters = gather(Service::Cds, "clusters", "cds_config")?;
-    let listeners = gather(Service::Lds, "listeners", "lds_config")?;
+    let clusters = gather(Service::Cds, &bootstrap.clusters, "cds_config")?;
+    let listeners = gather(Service::Lds, &bootstrap.listeners, "lds_config")?;
     let mut context = Context {
         registry,
         sinks,
         clusters: HashMap::new(),
+        entered: HashSet::new(),
         rds: HashMap::new(),
         eds: HashMap::new(),
         secrets: StaticSecrets::read(fixed.as_ref())?,
+        before,
+        made: RefCell::default(),
     };
     ads.endpoints_and_routes(&mut context, &mut dump);
     for (index, (item, file)) in clusters.iter().enumerate() {
@@ -541,14 +573,15 @@ fn compile(
                 file.as_ref(),
             ));
         }
-        read_endpoints(&mut context, &mut dump, &mut reads, index, cluster, read)
+        context.made.get_mut().order.push(name.clone());
+        read_endpoints(&mut context, &mut dump, &mut reads, index, item, read)
             .map_err(|e| from(e, "cluster", &name, file.as_ref()))?;
     }
     let mut compiled = Vec::new();
     for (item, file) in &clusters {
         let at = &item.at;
         let name = at.text("name");
-        let cluster = context.cluster(at, file.is_some());
+        let cluster = context.cluster(item, file.is_some());
         compiled.push(cluster.map_err(|e| from(e, "cluster", &name, file.as_ref()))?);
         dump.clusters.push(Placed {
             item: Arc::clone(item),
@@ -561,8 +594,8 @@ fn compile(
         let at = &item.at;
         let name = at.text("name");
         let wrap = |e| from(e, "listener", &name, file.as_ref());
-        read_routes(&mut context, &mut dump, &mut reads, at, read).map_err(wrap)?;
-        let listener = context.listener(at, file.is_some()).map_err(wrap)?;
+        read_routes(&mut context, &mut dump, &mut reads, item, read).map_err(wrap)?;
+        let listener = context.listener(item, file.is_some()).map_err(wrap)?;
         if !names.insert(listener.name.clone()) {
             return Err(wrap(at.refuse("name", "appears twice")));
         }
@@ -572,16 +605,16 @@ fn compile(
             dynamic: file.is_some(),
         });
     }
-    let node = bootstrap.message("node");
+    let node = bootstrap.at.message("node");
     let node = node
         .map(|n| Node {
             id: n.text("id"),
             cluster: n.text("cluster"),
         })
         .unwrap_or_default();
-    let admin = bootstrap.message("admin").and_then(|a| a.message("address"));
+    let admin = bootstrap.at.message("admin").and_then(|a| a.message("address"));
     let admin = admin.map(|a| socket_address(&a)).transpose()?;
-    Ok(Config {
+    let config = Config {
         generation,
         node,
         admin,
@@ -589,7 +622,8 @@ fn compile(
         clusters: compiled,
         reads,
         dump,
-    })
+    };
+    Ok((config, context.made.into_inner()))
 }
 
 /// Says which file and resource an error of a dynamic resource comes from; static ones speak by their path.
@@ -606,18 +640,14 @@ fn read_endpoints(
     dump: &mut Dump,
     reads: &mut Subscriptions,
     index: usize,
-    cluster: &At,
+    cluster: &Item,
     read: Read<'_>,
 ) -> Result<()> {
-    let Some(eds) = cluster.message("eds_cluster_config") else {
+    let Some(EndpointsUse { file, .. }) = cluster.endpoints()? else {
         return Ok(());
     };
-    let Some(source) = eds.message("eds_config") else {
-        return Ok(());
-    };
-    let file = source_file(&source)?;
     reads.endpoints.push((file.path.clone(), index));
-    if file.path == ADS {
+    if file.path == ADS || !context.entered.insert((Service::Eds, file.path.clone())) {
         return Ok(());
     }
     for item in read(Service::Eds, &file)?.items {
@@ -634,31 +664,21 @@ fn read_routes(
     context: &mut Context<'_>,
     dump: &mut Dump,
     reads: &mut Subscriptions,
-    listener: &At,
+    listener: &Item,
     read: Read<'_>,
 ) -> Result<()> {
-    let chains = listener
-        .messages("filter_chains")
-        .into_iter()
-        .chain(listener.message("default_filter_chain"));
-    for filter in chains.flat_map(|c| c.messages("filters")) {
-        let Some(config) = filter.any("typed_config")? else {
-            continue;
-        };
-        let Some(rds) = config.message("rds") else {
-            continue;
-        };
-        let Some(source) = rds.message("config_source") else {
-            continue;
-        };
-        let file = source_file(&source)?;
-        let name = rds.text("route_config_name");
-        let scope = format!("http.{}.rds.{name}", config.text("stat_prefix"));
+    for RouteUse {
+        file,
+        name,
+        stat_prefix,
+    } in listener.routes()?
+    {
+        let scope = format!("http.{stat_prefix}.rds.{name}");
         reads.routes.push((file.path.clone(), scope));
-        if file.path == ADS {
+        if file.path == ADS || !context.entered.insert((Service::Rds, file.path.clone())) {
             continue;
         }
-        for item in read(Service::Rds, &file)?.items {
+        for item in read(Service::Rds, file)?.items {
             let key = (file.path.clone(), item.at.text("name"));
             if let Entry::Vacant(entry) = context.rds.entry(key) {
                 dump.routes.push(Arc::clone(&item));

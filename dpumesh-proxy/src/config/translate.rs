@@ -3,6 +3,7 @@
 //! Everything arrives checked by [`super::support`], so a field read here is a field that has its effect. What remains to
 //! be refused is values: an enum's other choices, addresses that do not parse, regular expressions that do not compile.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,13 +14,15 @@ use prost_reflect::Value;
 use dpumesh_hw::stream::kernel::SocketOptions;
 
 use super::ConfigError;
-use super::dump::Item;
+use super::files::Service;
 use super::http_filters;
+use super::made::Made;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
     ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
     TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
+use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
 use super::{translate_matcher, translate_route};
@@ -40,12 +43,17 @@ pub(super) struct Context<'a> {
     pub(super) sinks: &'a Sinks,
     /// Cluster name → index.
     pub(super) clusters: HashMap<String, usize>,
+    /// The files whose resources are here already.
+    pub(super) entered: HashSet<(Service, String)>,
     /// Route configurations that came by RDS, by file and name.
     pub(super) rds: HashMap<(String, String), Arc<Item>>,
     /// Endpoint assignments that came by EDS, by file and service name.
     pub(super) eds: HashMap<(String, String), Arc<Item>>,
     /// Secrets of the bootstrap.
     pub(super) secrets: StaticSecrets,
+    /// What the last compilation made, and what this one has made.
+    pub(super) before: &'a Made,
+    pub(super) made: RefCell<Made>,
 }
 
 /// What stands for the aggregated stream among the files that resources come from.
@@ -113,7 +121,38 @@ pub(super) fn fingerprint(message: &At) -> u64 {
 }
 
 impl Context<'_> {
-    pub(super) fn listener(&self, at: &At, dynamic: bool) -> Result<Arc<Listener>> {
+    /// A listener, with all that it needs of others.
+    pub(super) fn listener(&self, item: &Arc<Item>, dynamic: bool) -> Result<Arc<Listener>> {
+        let mut parts = vec![Arc::clone(item)];
+        for one in item.routes()? {
+            parts.extend(self.rds.get(&(one.file.path.clone(), one.name.clone())).cloned());
+        }
+        let name = item.at.text("name");
+        let before = self.as_before(|before| before.listeners.of(&name, &parts));
+        let listener = match before {
+            Some(listener) => listener,
+            None => self.new_listener(&item.at, dynamic)?,
+        };
+        self.made.borrow_mut().listeners.keep(name, parts, &listener);
+        Ok(listener)
+    }
+
+    /// A cluster, with its endpoints.
+    pub(super) fn cluster(&self, item: &Arc<Item>, dynamic: bool) -> Result<Arc<Cluster>> {
+        let mut parts = vec![Arc::clone(item)];
+        if let Some(one) = item.endpoints()? {
+            parts.extend(self.eds.get(&(one.file.path, one.name)).cloned());
+        }
+        let name = item.at.text("name");
+        let cluster = match self.before.clusters.of(&name, &parts) {
+            Some(cluster) => cluster,
+            None => self.new_cluster(&item.at, dynamic)?,
+        };
+        self.made.borrow_mut().clusters.keep(name, parts, &cluster);
+        Ok(cluster)
+    }
+
+    fn new_listener(&self, at: &At, dynamic: bool) -> Result<Arc<Listener>> {
         let Some(address) = at.message("address") else {
             return Err(at.refuse("address", "must be given"));
         };
@@ -324,15 +363,25 @@ impl Context<'_> {
                 format!("{} has no route configuration {name:?}", file.path),
             ));
         };
-        let table = translate_route::table(&resource.at, &self.clusters, false).map_err(|e| {
-            let e = e.in_resource(format!("route configuration {name:?}"));
-            if file.path == ADS {
-                e
-            } else {
-                e.in_file(&file.path)
-            }
-        })?;
-        Ok(Arc::new(table))
+        let (key, parts) = ((file.path, name), [Arc::clone(resource)]);
+        let already = self.made.borrow().tables.of(&key, &parts);
+        let table = match already.or_else(|| self.as_before(|before| before.tables.of(&key, &parts))) {
+            Some(table) => table,
+            None => Arc::new(
+                translate_route::table(&resource.at, &self.clusters, false).map_err(|e| {
+                    let e = e.in_resource(format!("route configuration {:?}", key.1));
+                    if key.0 == ADS { e } else { e.in_file(&key.0) }
+                })?,
+            ),
+        };
+        self.made.borrow_mut().tables.keep(key, parts.to_vec(), &table);
+        Ok(table)
+    }
+
+    /// What the last compilation made that points to clusters, if they are the same ones in the same order.
+    fn as_before<T>(&self, find: impl Fn(&Made) -> Option<T>) -> Option<T> {
+        let same = self.before.order == self.made.borrow().order;
+        if same { find(self.before) } else { None }
     }
 
     fn access_logs(&self, at: &At) -> Result<Vec<Arc<AccessLog>>> {
@@ -383,7 +432,7 @@ impl Context<'_> {
         Ok(cluster)
     }
 
-    pub(super) fn cluster(&self, at: &At, dynamic: bool) -> Result<Arc<Cluster>> {
+    fn new_cluster(&self, at: &At, dynamic: bool) -> Result<Arc<Cluster>> {
         let name = at.required_text("name")?;
         let (kind, assignment) = self.cluster_kind(at, &name)?;
         let balance = balance(at, &kind)?;

@@ -13,7 +13,7 @@ use prost::Message as _;
 use super::*;
 use crate::access_log::Sinks;
 use crate::config::files::Files;
-use crate::config::model::Config;
+use crate::config::model::{Cluster, Config, Listener};
 
 const BOOTSTRAP: &str = r"
 node: {id: proxy~node-1, cluster: dpu}
@@ -132,17 +132,69 @@ fn update(snapshot: &Snapshot, kind: ResourceType) -> Update {
     }
 }
 
+/// In the order in which they are published.
+const KINDS: [ResourceType; 4] = [
+    ResourceType::Cluster,
+    ResourceType::Endpoints,
+    ResourceType::Listener,
+    ResourceType::Route,
+];
+
+#[test]
+fn an_update_makes_anew_what_it_touches_and_nothing_else() {
+    let snapshot = recorded();
+    let mut world = World::new();
+    for kind in KINDS {
+        world.apply(&update(&snapshot, kind));
+    }
+    let before = (world.config().clusters.clone(), world.config().listeners.clone());
+    let anew = |world: &World| {
+        let known = |cluster: &&Arc<Cluster>| !before.0.iter().any(|old| Arc::ptr_eq(old, cluster));
+        let clusters = world.config().clusters.iter().filter(known);
+        let clusters: Vec<String> = clusters.map(|cluster| cluster.name.clone()).collect();
+        let listeners = &world.config().listeners;
+        let same = listeners
+            .iter()
+            .zip(&before.1)
+            .all(|(new, old)| Arc::ptr_eq(new, old));
+        (clusters, same)
+    };
+
+    let mut change = update(&snapshot, ResourceType::Endpoints);
+    change.resources.truncate(1);
+    let name = change.resources[0].name.clone();
+    world.apply(&change);
+    assert_eq!(
+        anew(&world),
+        (vec![name], true),
+        "one cluster's endpoints came again"
+    );
+
+    let mut change = update(&snapshot, ResourceType::Route);
+    change.resources.truncate(1);
+    world.apply(&change);
+    assert!(!anew(&world).1, "routes came again");
+
+    let change = Update {
+        kind: ResourceType::Cluster,
+        resources: Vec::new(),
+        removed: vec![before.0[1].name.clone()],
+    };
+    world.apply(&change);
+    let (clusters, _) = anew(&world);
+    assert_eq!(clusters.len(), 1, "the others are as they were");
+    let inbound = |listeners: &[Arc<Listener>]| Arc::clone(&listeners[0]);
+    let (old, new) = (inbound(&before.1), inbound(&world.config().listeners));
+    assert_eq!(old.name, new.name);
+    assert!(!Arc::ptr_eq(&old, &new), "it points to clusters by index");
+}
+
 #[test]
 fn recorded_configuration_is_taken_whole() {
     let snapshot = recorded();
     let mut world = World::new();
     let mut wanted = Vec::new();
-    for kind in [
-        ResourceType::Cluster,
-        ResourceType::Endpoints,
-        ResourceType::Listener,
-        ResourceType::Route,
-    ] {
+    for kind in KINDS {
         let applied = world.apply(&update(&snapshot, kind));
         let reasons: BTreeSet<&str> = applied.rejected.iter().map(|r| r.reason.as_str()).collect();
         assert_eq!(reasons, BTreeSet::new(), "{kind}");
