@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tower_service::Service;
 
-use super::pods::Pods;
+use super::pods::{LocalPod, Pods};
 use super::token::Tokens;
 use crate::client::bearer;
 use crate::ir::Identity;
@@ -90,36 +90,37 @@ impl RelayService {
             status
         };
         let name = named(&request).map_err(refused)?;
-        if let Some(trust_domain) = name.strip_prefix(ROOTS) {
-            return self.roots(trust_domain).await;
-        }
-        let identity = Identity::parse(name).ok_or_else(|| {
-            refused(Status::invalid_argument(format!(
-                "metadata.{IMPERSONATED}: {name:?} is no workload's name"
-            )))
-        })?;
-        let Some(pod) = self.pods.of_identity(&identity) else {
-            let text = format!("no pod of this node is {}", identity.spiffe());
-            return Err(refused(Status::permission_denied(text)));
+        let (whose, answer) = if let Some(trust_domain) = name.strip_prefix(ROOTS) {
+            let local = self.pods.local();
+            let Some(pod) = local.values().find(|pod| pod.trust_domain == trust_domain) else {
+                let text = format!("no pod of this node is of {trust_domain:?}");
+                return Err(refused(Status::permission_denied(text)));
+            };
+            (name.to_owned(), self.roots(pod).await)
+        } else {
+            let identity = Identity::parse(name).ok_or_else(|| {
+                refused(Status::invalid_argument(format!(
+                    "metadata.{IMPERSONATED}: {name:?} is no workload's name"
+                )))
+            })?;
+            let Some(pod) = self.pods.of_identity(&identity) else {
+                let text = format!("no pod of this node is {}", identity.spiffe());
+                return Err(refused(Status::permission_denied(text)));
+            };
+            (identity.spiffe(), self.pass_on(request, &pod).await)
         };
-        let signed = self.pass_on(request, &pod).await;
-        match &signed {
+        match &answer {
             Ok(_) => counters.signed.fetch_add(1, Ordering::Relaxed),
             Err(status) => {
-                tracing::warn!(identity = identity.spiffe(), %status, "istiod's CA did not sign");
+                tracing::warn!(whose, %status, "istiod's CA did not sign");
                 counters.failed.fetch_add(1, Ordering::Relaxed)
             }
         };
-        signed
+        answer
     }
 
-    /// The roots of a trust domain: those of a certificate for any of its pods here, made for the purpose and dropped with its key.
-    async fn roots(&self, trust_domain: &str) -> Result<CertificateResponse, Status> {
-        let local = self.pods.local();
-        let Some(pod) = local.values().find(|pod| pod.trust_domain == trust_domain) else {
-            let text = format!("no pod of this node is of {trust_domain:?}");
-            return Err(Status::permission_denied(text));
-        };
+    /// The roots of a pod's trust domain: those of a certificate for that pod, made for the purpose and dropped with its key.
+    async fn roots(&self, pod: &LocalPod) -> Result<CertificateResponse, Status> {
         let invalid = |error: CheckError| Status::unavailable(error.to_string());
         let own = check::Request::new(&pod.identity()).map_err(invalid)?;
         let request = CertificateRequest::naming("", &own.csr_pem);
@@ -136,7 +137,7 @@ impl RelayService {
     async fn pass_on(
         &self,
         request: CertificateRequest,
-        pod: &super::pods::LocalPod,
+        pod: &LocalPod,
     ) -> Result<CertificateResponse, Status> {
         // The token says who asks: the metadata stays here.
         let mut request = Request::new(CertificateRequest {
