@@ -159,14 +159,20 @@ impl TapVf {
         if level == ResetLevel::Function {
             step(self.make_anew(change, index, &function));
         }
-        step(restore(change, index, &function, &original));
-        if failed.0.is_empty() {
+        let restored = restore(change, index, &function, &original);
+        if restored.is_ok() {
+            // Also when the VF did not come home: the record tells what the device has.
             function = recorded(change, index);
             function.attributes = original;
+            change.state.functions.insert(index, function);
+        }
+        step(restored);
+        if failed.0.is_empty() {
+            function = recorded(change, index);
             function.held = None;
             change.state.functions.insert(index, function);
-            failed.0.extend(change.commit().err());
         }
+        failed.0.extend(change.commit().err());
         failed
     }
 
