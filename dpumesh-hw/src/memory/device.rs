@@ -54,7 +54,21 @@ pub(super) struct State {
     pub(super) namespaces: BTreeMap<PathBuf, BTreeSet<String>>,
     /// Numbers given so far, never twice on a card: leases, tokens, openings, interfaces.
     pub(super) last_number: u64,
+    pub(super) trouble: Trouble,
     marks: HighWater,
+}
+
+/// What the card was told to do badly; over with its life.
+#[derive(Debug, Default)]
+pub(super) struct Trouble {
+    /// Rules that are not in hardware match nothing.
+    pub(super) software_stopped: bool,
+    /// Changes of rules that still work.
+    pub(super) changes_left: Option<usize>,
+    /// VFs that it gives at most.
+    pub(super) most_vfs: Option<u16>,
+    /// Programs do not start.
+    pub(super) activation_fails: bool,
 }
 
 impl Card {
@@ -212,6 +226,10 @@ impl Card {
         self.hub.raise(&Event::Back { epoch });
     }
 
+    pub(super) fn trouble(&self, make: impl FnOnce(&mut Trouble)) {
+        make(&mut self.state().trouble);
+    }
+
     pub(super) fn set_link(&self, port: PortRef, up: bool) {
         let mut state = self.state();
         let Some(end) = state.ports.get_mut(&port) else {
@@ -244,6 +262,7 @@ impl State {
             capabilities,
             namespaces,
             last_number: 0,
+            trouble: Trouble::default(),
             marks: HighWater::default(),
         }
     }

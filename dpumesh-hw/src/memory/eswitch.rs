@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use dpumesh_core::steering::{Action, EtherType, Group, MissPolicy, RewriteField, SteeringRule};
+use dpumesh_core::steering::{Action, EtherType, Group, MissPolicy, Placement, RewriteField, SteeringRule};
 use dpumesh_core::vf::VfVlan;
 use dpumesh_core::{Frame, Mtu, PortRef, VlanId};
 
@@ -192,6 +192,7 @@ fn find(
     state
         .rules
         .rules()
+        .filter(|(_, _, placement)| !state.trouble.software_stopped || **placement == Placement::Hardware)
         .filter(|(_, rule, _)| rule.group == group)
         .filter(|(_, rule, _)| headers.match_pattern(&rule.pattern, ingress, mark))
         .min_by_key(|(_, rule, _)| (rule.priority, rule.cookie))

@@ -206,6 +206,36 @@ impl MemoryCard {
         self.card.raise(&Event::Health(health));
     }
 
+    /// Lets the software behind the tables stand still, or work again: rules that are not in hardware match nothing.
+    pub fn stop_software(&self, stopped: bool) {
+        self.card.trouble(|trouble| trouble.software_stopped = stopped);
+    }
+
+    /// Lets so many more changes of rules work and every later one fail with `Io`; `None` mends it.
+    pub fn fail_rules(&self, after: Option<usize>) {
+        self.card.trouble(|trouble| trouble.changes_left = after);
+    }
+
+    /// Gives at most so many VFs from now on, whatever is asked for; `None` mends it.
+    pub fn limit_vfs(&self, most: Option<u16>) {
+        self.card.trouble(|trouble| trouble.most_vfs = most);
+    }
+
+    /// Makes every change of a VF's attributes fail with `Io`, or work again. False when there is no such VF.
+    pub fn freeze(&self, port: PortRef, frozen: bool) -> bool {
+        self.card.freeze(port, frozen)
+    }
+
+    /// Lets an open port give so many more frames and then fail with `Io` until it is mended by `None`.
+    pub fn fail_port(&self, port: PortRef, after: Option<usize>) {
+        self.card.fail_port(port, after);
+    }
+
+    /// Makes every activation of a program fail with `Fault`, or work again.
+    pub fn fail_activation(&self, fails: bool) {
+        self.card.trouble(|trouble| trouble.activation_fails = fails);
+    }
+
     /// Lets the network processor pass octets of an offloaded connection. False when it does not carry it.
     pub fn pass(&self, token: dpumesh_core::offload::ConnectionToken, up: u32, down: u32) -> bool {
         self.card.pass(token, up, down)

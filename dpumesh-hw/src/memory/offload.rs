@@ -295,11 +295,15 @@ impl NpOffload for MemoryOffload {
     async fn activate(&self, fence: Fence, slot: Slot) -> Result<()> {
         const ACTIVATE: &str = "offload.activate";
         let mut state = self.0.fenced(fence, ACTIVATE)?;
+        let fails = state.trouble.activation_fails;
         let processor = &mut state.processor;
         let index = processor.slot(ACTIVATE, slot)?;
         let Some(loaded) = &mut processor.slots[index] else {
             return Err(error(ErrorKind::NotFound, ACTIVATE, "nothing is loaded there").object(slot.0));
         };
+        if fails {
+            return Err(error(ErrorKind::Fault, ACTIVATE, "the program did not start").object(slot.0));
+        }
         loaded.draining = false;
         let former = processor.running.replace(index).filter(|former| *former != index);
         if let Some(former) = former.and_then(|former| processor.slots[former].as_mut()) {

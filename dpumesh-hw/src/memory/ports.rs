@@ -24,6 +24,8 @@ pub(super) struct Port {
     pub(super) inner: VecDeque<Frame>,
     /// Number of the opening that may read it.
     pub(super) open: Option<u64>,
+    /// Frames that it still gives before it fails.
+    left: Option<usize>,
 }
 
 /// A frame that left the card.
@@ -42,6 +44,7 @@ impl Default for Port {
             outer: VecDeque::new(),
             inner: VecDeque::new(),
             open: None,
+            left: None,
         }
     }
 }
@@ -216,8 +219,13 @@ impl PortIo for MemoryPort {
             drop(state);
             return Err(self.closed("ports.receive"));
         };
+        if end.left == Some(0) && !frames.is_empty() {
+            let message = "the port gives no more frames";
+            return Err(error(ErrorKind::Io, "ports.receive", message).object(self.port));
+        }
+        let most = end.left.map_or(frames.len(), |left| left.min(frames.len()));
         let mut count = 0;
-        while count < frames.len() {
+        while count < most {
             let Some(waiting) = end.inner.pop_front() else {
                 break;
             };
@@ -229,6 +237,7 @@ impl PortIo for MemoryPort {
                 count += 1;
             }
         }
+        end.left = end.left.map(|left| left - count);
         Ok(count)
     }
 
@@ -277,6 +286,14 @@ impl Drop for MemoryPort {
             && end.open == Some(self.opening)
         {
             end.close();
+        }
+    }
+}
+
+impl Card {
+    pub(super) fn fail_port(&self, port: PortRef, after: Option<usize>) {
+        if let Some(end) = self.state().ports.get_mut(&port) {
+            end.left = after;
         }
     }
 }

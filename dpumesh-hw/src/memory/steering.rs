@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use dpumesh_core::steering::{
-    Batch, BatchOutcome, Cookie, Counters, InstalledRule, MissPolicy, Occupancy, Owner, SteeringRule, Verdict,
+    Atomicity, Batch, BatchOutcome, Cookie, Counters, InstalledRule, MissPolicy, Occupancy, Operation, Owner,
+    SteeringRule, Verdict,
 };
-use dpumesh_core::{ErrorKind, Fence, FlowSteering, PortRef, Result};
+use dpumesh_core::{Effect, ErrorKind, Fence, FlowSteering, PortRef, Result};
 
-use super::device::{Card, error};
+use super::device::{Card, State, error};
 
 /// Rules of a card in memory.
 #[derive(Debug)]
@@ -31,11 +32,14 @@ impl FlowSteering for MemorySteering {
     async fn apply(&self, fence: Fence, batch: &Batch) -> Result<BatchOutcome> {
         let mut state = self.0.fenced(fence, "steering.apply")?;
         self.0.age(&mut state);
-        let plan = state.rules.apply(batch, self.0.now_ms())?;
+        let outcome = match state.trouble.changes_left {
+            None => state.rules.apply(batch, self.0.now_ms())?.outcome,
+            Some(left) => state.apply_some(batch, left, self.0.now_ms())?,
+        };
         self.0.look_at_marks(&mut state);
         drop(state);
         self.0.timers_changed();
-        Ok(plan.outcome)
+        Ok(outcome)
     }
 
     async fn list(&self, owner: Owner) -> Result<Vec<InstalledRule>> {
@@ -51,9 +55,12 @@ impl FlowSteering for MemorySteering {
 
     async fn flush(&self, fence: Fence, owner: Owner) -> Result<u64> {
         let mut state = self.0.fenced(fence, "steering.flush")?;
-        let removed = state.rules.flush(owner, self.0.now_ms());
+        let removed = match state.trouble.changes_left {
+            None => Ok(state.rules.flush(owner, self.0.now_ms()).len()),
+            Some(left) => state.flush_some(owner, left, self.0.now_ms()),
+        };
         self.0.look_at_marks(&mut state);
-        Ok(removed.len() as u64)
+        removed.map(|count| count as u64)
     }
 
     async fn set_miss_policy(&self, fence: Fence, port: PortRef, policy: MissPolicy) -> Result<()> {
@@ -72,5 +79,50 @@ impl FlowSteering for MemorySteering {
         let mut all = state.rules.occupancy();
         all.extend(state.occupancy());
         Ok(all)
+    }
+}
+
+/// What is left of the table's work while [`super::MemoryCard::fail_rules`] is in force.
+impl State {
+    fn apply_some(&mut self, batch: &Batch, left: usize, now_ms: u64) -> Result<BatchOutcome> {
+        let fails =
+            |index| error(ErrorKind::Io, "steering.apply", "the table takes no more changes").index(index);
+        let count = batch.operations.len();
+        if count > left && batch.atomicity != Atomicity::Continue {
+            return Err(fails(left));
+        }
+        let worked = Batch {
+            operations: batch.operations.iter().take(left).cloned().collect(),
+            ..*batch
+        };
+        let mut outcome = self.rules.apply(&worked, now_ms)?.outcome;
+        self.trouble.changes_left = Some(left.saturating_sub(count));
+        // A device without a status for each operation only says how many it did.
+        let tells_each = self.capabilities.steering.per_operation_status;
+        outcome.results.extend((left..count).map(|index| {
+            let effect = if tells_each || index == left {
+                Effect::None
+            } else {
+                Effect::Unknown
+            };
+            Err(fails(index).effect(effect))
+        }));
+        Ok(outcome)
+    }
+
+    fn flush_some(&mut self, owner: Owner, left: usize, now_ms: u64) -> Result<usize> {
+        let rules = self.rules.list(owner);
+        self.trouble.changes_left = Some(left.saturating_sub(rules.len()));
+        if rules.len() <= left {
+            return Ok(self.rules.flush(owner, now_ms).len());
+        }
+        for installed in rules.iter().take(left) {
+            let cookie = installed.rule.cookie;
+            let removal = Batch::new(vec![Operation::Remove { owner, cookie }]);
+            self.rules.apply(&removal, now_ms)?.outcome.into_result()?;
+        }
+        let message = format!("{left} of {} rules were removed", rules.len());
+        let effect = if left > 0 { Effect::Partial } else { Effect::None };
+        Err(error(ErrorKind::Io, "steering.flush", message).effect(effect))
     }
 }

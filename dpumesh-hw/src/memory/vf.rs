@@ -1,8 +1,9 @@
 //! [`VfAllocator`]: leases of the card's virtual functions.
 //!
 //! A lease's record is made, with a snapshot of the VF's attributes, before the VF is touched. Every call decides
-//! everything before it changes anything, so a failed one leaves no trace; only a jammed VF
-//! ([`super::MemoryCard::jam`]) fails in the middle of a release. Network namespaces are names in a map.
+//! everything before it changes anything, so a failed one leaves no trace; only a jammed or frozen VF
+//! ([`super::MemoryCard::jam`], [`super::MemoryCard::freeze`]) fails in the middle of a release. Network namespaces are
+//! names in a map.
 //!
 //! Reclaim brings back a VF from a namespace by a move ([`ResetLevel::Config`]), from a foreign driver by a rebind, which
 //! resets the function, and one that is missing by a reset of the device.
@@ -36,6 +37,7 @@ pub(super) struct Function {
     location: VfLocation,
     place: Option<Place>,
     jammed: bool,
+    frozen: bool,
 }
 
 /// What can be set of a VF.
@@ -87,6 +89,7 @@ impl Function {
             location: VfLocation::Host,
             place: None,
             jammed: false,
+            frozen: false,
         }
     }
 
@@ -261,12 +264,17 @@ impl VfAllocator for MemoryVf {
             return Err(error(ErrorKind::Busy, SET, "a VF that would go is leased"));
         }
         let kinds = state.capabilities.events;
-        for event in state.resize(count, self.card.config().mtu) {
+        let actual = state.trouble.most_vfs.map_or(count, |most| count.min(most));
+        for event in state.resize(actual, self.card.config().mtu) {
             self.card.raise_of(kinds, &event);
         }
         Ok(VfCount {
-            actual: count,
-            needs: Disruption::None,
+            actual,
+            needs: if actual < count {
+                Disruption::Reboot
+            } else {
+                Disruption::None
+            },
         })
     }
 
@@ -350,6 +358,7 @@ impl VfAllocator for MemoryVf {
         let mut state = self.card.fenced(fence, CONFIGURE)?;
         let index = state.leased(CONFIGURE, lease)?;
         state.check_config(CONFIGURE, index, config)?;
+        state.functions[index].check_change(CONFIGURE)?;
         self.card.set_attributes(&mut state, index, config);
         Ok(())
     }
@@ -395,8 +404,11 @@ impl VfAllocator for MemoryVf {
         let Some(index) = state.functions.iter().position(|vf| vf.has_lease(lease)) else {
             return Ok(Released::NotCurrent);
         };
-        let failed: Vec<Error> = state.bring_back(RELEASE, index).err().into_iter().collect();
-        self.card.restore_attributes(&mut state, index);
+        let mut failed: Vec<Error> = state.bring_back(RELEASE, index).err().into_iter().collect();
+        match state.functions[index].check_change(RELEASE) {
+            Ok(()) => self.card.restore_attributes(&mut state, index),
+            Err(error) => failed.push(error),
+        }
         if !failed.is_empty() {
             let message = "the VF stays leased, since not every step worked";
             return Err(error(ErrorKind::Io, RELEASE, message)
@@ -441,6 +453,15 @@ impl Function {
     fn check_move(&self, operation: &'static str) -> Result<()> {
         if self.jammed {
             return Err(error(ErrorKind::Io, operation, "the VF does not move").object(self.port));
+        }
+        Ok(())
+    }
+
+    fn check_change(&self, operation: &'static str) -> Result<()> {
+        if self.frozen {
+            return Err(
+                error(ErrorKind::Io, operation, "the VF's attributes do not change").object(self.port),
+            );
         }
         Ok(())
     }
@@ -651,6 +672,7 @@ impl Card {
 
     fn take_back(&self, state: &mut State, index: usize) {
         state.functions[index].jammed = false;
+        state.functions[index].frozen = false;
         state.leave_place(index);
         self.restore_attributes(state, index);
         state.functions[index].held = None;
@@ -688,6 +710,15 @@ impl Card {
             return false;
         };
         function.jammed = jammed;
+        true
+    }
+
+    pub(super) fn freeze(&self, port: PortRef, frozen: bool) -> bool {
+        let mut state = self.state();
+        let Some(function) = state.functions.iter_mut().find(|vf| vf.port == port) else {
+            return false;
+        };
+        function.frozen = frozen;
         true
     }
 }
