@@ -4,11 +4,14 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 
-use dpumesh_core::steering::Atomicity;
+use dpumesh_core::steering::{Atomicity, Field};
 use dpumesh_core::{ActionKinds, AttachmentKinds, Capabilities, EventKinds, VfAttributes};
 
 use super::check::{CaseResult, Halt};
-use super::{Rig, events, lifecycle, limits, offload, ports, steering, traffic, transport, vf};
+use super::{
+    Rig, change, events, hardware, hostile, lifecycle, limits, offload, ports, steering, traffic, transport,
+    vf,
+};
 
 /// A sentence of the contract and how it is proved.
 #[derive(Clone, Copy)]
@@ -55,6 +58,8 @@ pub enum Need {
     Crash,
     /// [`Rig::sabotage`].
     Sabotage,
+    /// [`Rig::disturb`].
+    Disturb,
     /// [`Rig::programs`].
     Programs,
     /// The host's half claims this, by path.
@@ -95,6 +100,7 @@ impl Need {
             Self::Namespaces => "rig.namespaces",
             Self::Crash => "rig.crash",
             Self::Sabotage => "rig.sabotage",
+            Self::Disturb => "rig.disturb",
             Self::Programs => "rig.programs",
             Self::HostClaims(path, _) | Self::Claims(path, _) => path,
         }
@@ -125,6 +131,7 @@ impl Need {
             Self::Namespaces => (rig.namespaces().is_some(), "the fixture makes no namespaces"),
             Self::Crash => (rig.crash().is_some(), "the fixture cannot crash the process"),
             Self::Sabotage => (rig.sabotage().is_some(), "the fixture cannot make VFs misbehave"),
+            Self::Disturb => (rig.disturb().is_some(), "the fixture cannot disturb the card"),
             Self::Programs => (
                 rig.programs().len() >= 2,
                 "the fixture has fewer than two programs",
@@ -195,6 +202,20 @@ const AGEING: Need = Need::Claims("steering.idle_timeout", |c| {
 });
 const NO_AGEING: Need = Need::Claims("steering.no_idle_timeout", |c| !c.steering.idle_timeout);
 const HIGH_WATER: Need = Need::Claims("events.high_water", |c| c.events.contains(EventKinds::HIGH_WATER));
+const LINK: Need = Need::Claims("events.link", |c| c.events.contains(EventKinds::LINK));
+const HEALTH: Need = Need::Claims("events.health", |c| c.events.contains(EventKinds::HEALTH));
+const HARDWARE_COUNT: Need = Need::Claims("steering.hardware_actions.count", |c| {
+    c.steering.hardware_actions.contains(ActionKinds::COUNT) && c.steering.counters > 0
+});
+const HARDWARE_FORWARD: Need = Need::Claims("steering.hardware_actions.forward", |c| {
+    c.steering.hardware_rules > 0 && c.steering.hardware_actions.contains(ActionKinds::FORWARD)
+});
+const HARDWARE_MARK: Need = Need::Claims("steering.hardware_actions.mark", |c| {
+    let steps = ActionKinds::MARK | ActionKinds::JUMP;
+    c.steering.groups > 1
+        && c.steering.hardware_actions.contains(steps)
+        && c.steering.hardware_fields.contains_key(&Field::Mark)
+});
 const MESSAGES: Need = Need::Claims("transport.messages", |c| c.transport.messages);
 const STREAMS: Need = Need::Claims("transport.streams", |c| c.transport.streams);
 const CONNECTIONS: Need = Need::Claims("offload.connections", |c| {
@@ -202,8 +223,8 @@ const CONNECTIONS: Need = Need::Claims("offload.connections", |c| {
 });
 
 use Need::{
-    Admission, Crash, Halves, Namespaces, Offload, Ports, Probe, Programs, Reset, Sabotage, Steering,
-    Transport, Vf, Vfs,
+    Admission, Crash, Disturb, Halves, Namespaces, Offload, Ports, Probe, Programs, Reset, Sabotage,
+    Steering, Transport, Vf, Vfs,
 };
 
 macro_rules! cases {
@@ -302,6 +323,14 @@ cases! {
         reclaim_goes_no_further_than_its_level: "Up to `level`, and says how far it had to go.", [Vf, Sabotage];
         reclaiming_a_port_that_is_not_there_is_not_found: "`NotFound`.", [Vf];
         reclaim_refuses_an_unclaimed_level: "`Unsupported` (level).", [Vf];
+        release_with_the_namespace_gone_frees_the_vf: "Detaches, restores and frees the VF; a namespace that is gone is no error.", [Vf, NETNS, Namespaces];
+        a_release_tries_the_steps_behind_one_that_fails: "Teardown tries every step.", [Vf, MAC, NETNS, Namespaces, Sabotage];
+        a_release_tells_every_step_that_failed: "Else the lease stays and the error lists what failed.", [Vf, MAC, NETNS, Namespaces, Sabotage, Disturb];
+        a_cancelled_attach_can_be_repeated_or_released: "Cancelling one leaves a journalled state that `list` shows.", [Vf, NETNS, Namespaces];
+        a_cancelled_configure_can_be_repeated_or_released: "Cancelling one leaves a journalled state that `list` shows.", [Vf, MAC];
+        a_cancelled_release_can_be_repeated: "Release is idempotent; cancelling one leaves a journalled state.", [Vf, MAC];
+        the_function_uses_the_mac_that_it_was_given: "MAC that the function uses; through the PF first, then the network device.", [Vf, MAC];
+        fewer_vfs_than_asked_for_are_told: "How many there are now; may be fewer than asked for. What is still needed to get the rest.", [Vf, RESIZABLE, Disturb];
         occupancy_of_vf_is_the_number_of_leases: "How full the card's finite resources are.", [Vf, Steering];
     }
     steering {
@@ -390,6 +419,23 @@ cases! {
         a_frame_of_a_foreign_mac_is_dropped_when_checked: "Frames with a foreign source MAC are dropped.", [Steering, Vf, Vfs(2), Probe, FORWARD, SPOOF_CHECK];
         a_revoked_vf_passes_no_frame: "The port closes; frames stop.", [Steering, Vf, Vfs(3), Admission, Probe, FORWARD];
     }
+    hardware {
+        a_rule_in_hardware_acts_on_real_frames: "The card does it alone.", [Steering, Vf, Vfs(2), Probe, FORWARD, HARDWARE_FORWARD];
+        each_action_claimed_in_hardware_acts_on_real_frames: "Actions that hardware carries out.", [Steering, Vf, Vfs(2), Probe, FORWARD, HARDWARE_FORWARD];
+        a_mark_made_in_hardware_is_matched_in_hardware: "Sets the mark that later groups can match.", [Steering, Vf, Vfs(2), Probe, FORWARD, HARDWARE_FORWARD, HARDWARE_MARK];
+        the_counter_of_a_rule_in_hardware_moves_with_frames: "Rules that can count.", [Steering, Vf, Vfs(2), Probe, FORWARD, HARDWARE_FORWARD, HARDWARE_COUNT];
+        a_rule_in_hardware_needs_no_software: "In the card only.", [Steering, Vf, Vfs(2), Probe, Disturb, FORWARD, HARDWARE_FORWARD];
+        a_counter_is_at_most_as_old_as_claimed: "A value is at most `counter_age_ms` old.", [Steering, Vf, Vfs(2), Probe, FORWARD, COUNT];
+    }
+    change {
+        no_frame_meets_the_middle_of_an_atomic_batch: "All or none, and no frame meets an intermediate state.", [Steering, Vf, Vfs(2), Probe, FORWARD, ATOMIC];
+        replacing_rules_leaves_no_gap: "Operations take effect in order: added before removed, no frame finds a gap.", [Steering, Vf, Vfs(2), Probe, FORWARD];
+        replayed_rules_act_in_the_new_life: "Nothing installed before survives unless `list` shows it; the owner replays.", [Steering, Vf, Vfs(2), Probe, FORWARD, Reset];
+        counting_begins_anew_with_the_cards_life: "Life of the card in which the counting began; a new epoch starts at zero.", [Steering, Vf, Vfs(2), Probe, FORWARD, COUNT, Reset];
+        what_a_failing_table_did_is_told_or_unknown_and_listed: "Reports the first failure, marks the rest `Unknown`, and reads the table again before the next batch.", [Steering, Disturb];
+        a_failing_table_leaves_all_or_none_of_a_batch_that_promised_it: "All of them, or there were none: nothing changed.", [Steering, Disturb, ROLLBACK];
+        a_flush_that_fails_says_so_and_is_finished_by_the_next: "`Io` with `Partial` when some were removed; calling again removes the rest.", [Steering, Disturb];
+    }
     offload {
         the_claimed_slots_are_listed_in_order: "Lists the program slots in order.", [Offload];
         loading_leaves_the_running_program_alone: "Puts an image into a free slot; the running program is not touched.", [Offload, Programs];
@@ -413,6 +459,11 @@ cases! {
         a_connection_of_no_port_is_not_found: "`NotFound` (port).", [Offload, CONNECTIONS];
         claimed_kinds_of_connections_are_taken_and_no_others: "`Unsupported` (kind).", [Offload];
         the_claimed_connections_are_carried: "Established connections that the NP can carry.", [Offload, CONNECTIONS];
+        a_fault_of_an_activation_leaves_the_old_program_running: "`Fault` with the old program still running.", [Offload, Programs, Disturb];
+        a_resumed_connection_tells_what_was_passed: "Takes a connection back with its final state.", [Offload, CONNECTIONS, Disturb];
+        a_connection_ends_with_the_cards_life: "Until it ends, `resume` takes it back, or the epoch changes: then it is lost.", [Offload, CONNECTIONS, Reset];
+        the_numbers_follow_what_is_carried: "Connections carried now; connections ever taken.", [Offload, CONNECTIONS];
+        each_kind_of_table_keeps_what_is_written: "Adds the entry or replaces the one with the same key, mask and priority; counts are read-only.", [Offload, Programs];
         a_stale_fence_offloads_nothing: "Refused with `Stale` unless its epoch is the card's present one.", [Offload, Programs];
     }
     transport {
@@ -428,6 +479,7 @@ cases! {
         a_message_longer_than_the_buffer_stays: "`Invalid` (message longer than the buffer; it stays).", [Transport, MESSAGES];
         an_empty_message_is_a_message: "Records with boundaries.", [Transport, MESSAGES];
         send_with_writes_one_message_of_exactly_its_length: "Writes one message of exactly `len` octets straight into the ring; `fill` is called once.", [Transport, MESSAGES];
+        send_with_fills_only_what_it_will_send: "False, and nothing sent, when there is no room; `Invalid` when it is longer than was agreed.", [Transport, MESSAGES];
         arming_says_whether_to_sleep: "Asks for a notification, then looks again: false when there is something to do already.", [Transport, MESSAGES];
         room_wakes_an_armed_sender: "Asks for a notification of the next message or room.", [Transport, MESSAGES];
         in_flight_is_what_the_peer_has_not_taken: "Octets sent that the peer has not taken.", [Transport, MESSAGES];
@@ -439,6 +491,10 @@ cases! {
         a_listener_accepts_one_channel_per_peer: "Waits for the next peer.", [Transport, MESSAGES];
         cancelling_accept_loses_no_peer: "Cancelling loses no peer that was not yet accepted.", [Transport, MESSAGES];
         the_claimed_channels_can_be_had: "Channels at a time.", [Transport];
+    }
+    hostile {
+        a_lie_of_the_peer_closes_the_channel_for_good: "What it lies about becomes `PeerMisbehaved`, and the channel is closed for good.", [Transport, MESSAGES];
+        whatever_the_peer_writes_ends_cleanly: "Nothing it writes can make this side read outside the region, loop without end or panic.", [Transport, MESSAGES];
     }
     ports {
         list_of_ports_is_in_ascending_order: "Lists the ports that exist now, in ascending `PortRef` order.", [Ports];
@@ -457,6 +513,7 @@ cases! {
         an_open_checksum_is_refused_where_it_is_not_offered: "Open checksums may be transmitted.", [Ports];
         a_super_frame_is_refused_where_it_is_not_offered: "UDP super-frames may be transmitted.", [Ports];
         the_descriptor_polls_readable_when_a_frame_waits: "Descriptor that polls readable when `receive` would return frames.", [Ports, Probe];
+        an_error_comes_behind_the_frames_before_it: "Frames received before the error are counted first; the error comes with the next call.", [Ports, Probe, Disturb];
         the_claimed_number_of_ports_can_be_open: "Ports that can be open at a time.", [Ports];
     }
     events {
@@ -470,6 +527,9 @@ cases! {
         a_rule_that_nothing_hits_ages_with_its_counters: "Rules were removed because nothing hit them, with their final counters.", [Steering, AGEING];
         a_high_water_mark_is_told_once_until_it_fell: "A finite resource passed its high-water mark; raised again only after it fell below.", [Steering, HIGH_WATER];
         a_new_vf_is_told: "A VF appeared.", [Vf, RESIZABLE, VF_EVENTS];
+        a_vf_that_went_is_told: "A VF disappeared without having been released.", [Vf, RESIZABLE, VF_EVENTS];
+        a_carrier_that_changes_is_told_and_listed: "A port's carrier changed.", [Ports, Disturb, LINK];
+        health_that_changes_is_told: "The card's health changed; `None` is healthy.", [Disturb, HEALTH];
         unclaimed_kinds_of_events_are_not_raised: "Which events are raised; `Lost` and `Back` always are.", [Reset];
     }
 }

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use dpumesh_core::steering::{Cookie, SteeringRule};
-use dpumesh_core::{BackendExt, Epoch, Event, EventKinds, EventStream, PfIndex, PortRef};
+use dpumesh_core::{BackendExt, Epoch, Error, ErrorKind, Event, EventKinds, EventStream, PfIndex, PortRef};
 
 use super::check::{CaseResult, Halt, cancelled, ensure, ensure_eq};
+use super::disturb::{Disturbance, disturb};
 use super::limits::{FILL_LIMIT, fill};
 use super::sample::{MINE, Sampler};
 use super::steering::Soc;
@@ -331,4 +332,72 @@ pub(super) async fn unclaimed_kinds_of_events_are_not_raised(rig: &dyn Rig) -> C
             "{event:?} is raised, but {kind:?} is not claimed"
         );
     }
+}
+
+pub(super) async fn a_carrier_that_changes_is_told_and_listed(rig: &dyn Rig) -> CaseResult {
+    let soc = rig.soc();
+    let ports = soc.require_ports()?;
+    let Some(port) = ports
+        .list()
+        .await?
+        .iter()
+        .find(|info| info.link_up && matches!(info.port, PortRef::Uplink(_)))
+        .map(|info| info.port)
+    else {
+        return Err(Halt::not_supported("ports.uplink", "no uplink has its carrier"));
+    };
+    let mut stream = soc.events();
+    for up in [false, true] {
+        disturb(rig, Disturbance::Carrier { port, up }).await?;
+        let event = next_that(&mut *stream, |event| matches!(event, Event::Link { .. })).await?;
+        ensure_eq!(event, Event::Link { port, up }, "event when the carrier changed");
+        let listed = ports.list().await?;
+        let listed = listed.iter().find(|info| info.port == port);
+        ensure_eq!(listed.map(|info| info.link_up), Some(up), "carrier listed");
+    }
+    Ok(())
+}
+
+pub(super) async fn health_that_changes_is_told(rig: &dyn Rig) -> CaseResult {
+    let soc = rig.soc();
+    let mut stream = soc.events();
+    let hot = Error::new(ErrorKind::Fault, "rig.disturb.health", "it is too hot");
+    for health in [Some(hot), None] {
+        disturb(rig, Disturbance::Health(health.clone())).await?;
+        let event = next_that(&mut *stream, |event| matches!(event, Event::Health(_))).await?;
+        let Event::Health(told) = event else {
+            return Err(Halt::failed("no `Health`"));
+        };
+        ensure_eq!(
+            told.is_some(),
+            health.is_some(),
+            "whether the card is told to be ill"
+        );
+        if let Some(told) = told {
+            ensure!(!told.message.is_empty(), "the illness has no name");
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn a_vf_that_went_is_told(rig: &dyn Rig) -> CaseResult {
+    let host = rig.host();
+    let vf = host.require_vf()?;
+    let mut before: Vec<PortRef> = vf.list().await?.iter().map(|state| state.port).collect();
+    let Some(PortRef::Vf { pf, .. }) = before.first().copied() else {
+        return Err(Halt::failed("the card lists no VF"));
+    };
+    let mut stream = host.events();
+    vf.set_vf_count(host.fence(), pf, 0).await?;
+    let mut told = Vec::new();
+    for _ in &before {
+        let event = next_that(&mut *stream, |event| matches!(event, Event::VfRemoved(_))).await?;
+        if let Event::VfRemoved(port) = event {
+            told.push(port);
+        }
+    }
+    before.sort();
+    told.sort();
+    ensure_eq!(told, before, "VFs told to be gone");
+    Ok(())
 }

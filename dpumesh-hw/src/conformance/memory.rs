@@ -16,7 +16,9 @@ use dpumesh_core::{
     Backend, Capabilities, Error, ErrorKind, Frame, PortRef, ResetLevels, Result, ShmTransport,
 };
 
-use super::{Clock, Crash, Expectations, Fixture, Namespaces, Probe, Reset, Rig, Sabotage};
+use super::{
+    Clock, Crash, Disturb, Disturbance, Expectations, Fixture, Namespaces, Probe, Reset, Rig, Sabotage,
+};
 use crate::memory::{MemoryCard, MemoryConfig, TableSpec, program};
 
 /// Puts something around a backend.
@@ -185,6 +187,10 @@ impl Rig for MemoryRig {
         Some(self)
     }
 
+    fn disturb(&self) -> Option<&dyn Disturb> {
+        Some(self)
+    }
+
     fn clock(&self) -> Option<&dyn Clock> {
         None
     }
@@ -197,9 +203,11 @@ impl Rig for MemoryRig {
             value_len: 4,
             capacity: 300,
         };
+        use TableKind::{Array, Counter, Exact, Lpm, Meter, Ternary};
         vec![
-            program("switch", &[table("peers", TableKind::Exact)]),
-            program("router", &[table("routes", TableKind::Lpm)]),
+            program("switch", &[table("peers", Exact), table("rates", Meter)]),
+            program("router", &[table("routes", Lpm), table("hits", Counter)]),
+            program("guard", &[table("policies", Ternary), table("queues", Array)]),
         ]
     }
 }
@@ -285,6 +293,28 @@ impl Sabotage for MemoryRig {
             VfLocation::Netns { path }
         };
         self.card.strand(port, place);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Disturb for MemoryRig {
+    async fn disturb(&self, what: &Disturbance) -> Result<()> {
+        match what {
+            Disturbance::SoftwareStops(stopped) => self.card.stop_software(*stopped),
+            Disturbance::RulesFail { after } => self.card.fail_rules(*after),
+            Disturbance::AttributesFail { port, fail } => {
+                self.card.freeze(*port, *fail);
+            }
+            Disturbance::FewerVfs(most) => self.card.limit_vfs(*most),
+            Disturbance::PortFails { port, after } => self.card.fail_port(*port, *after),
+            Disturbance::Carrier { port, up } => self.card.set_link(*port, *up),
+            Disturbance::Health(health) => self.card.set_health(health.clone()),
+            Disturbance::Passed { token, up, down } => {
+                self.card.pass(*token, *up, *down);
+            }
+            Disturbance::ActivationFails(fails) => self.card.fail_activation(*fails),
+        }
         Ok(())
     }
 }

@@ -7,6 +7,7 @@
 //!                      ├── namespaces  places to attach to
 //!                      ├── crash       the process dies and starts again
 //!                      ├── sabotage    VFs that cannot be moved, or are where nobody put them
+//!                      ├── disturb     what else happens to a card: no carrier, a broken table, fewer VFs
 //!                      └── programs    images that the network processor takes
 //! run: for each case: needs met? ─no─► NotSupported (counted)
 //!                        └─yes─► fresh rig, own thread, deadline ─► Passed | Failed ─► Report ◄─ Expectations
@@ -43,9 +44,13 @@
 //! handed a vendor's library; a list of test functions cannot.
 
 mod cases;
+mod change;
 mod check;
+mod disturb;
 mod events;
 mod expected;
+mod hardware;
+mod hostile;
 #[cfg(feature = "loader")]
 pub mod library;
 mod lifecycle;
@@ -73,12 +78,13 @@ use dpumesh_core::{Backend, PortRef, Result};
 
 pub use cases::{CASES, Case, Need};
 pub use check::{CaseResult, Halt};
+pub use disturb::{Disturb, Disturbance};
 pub use expected::{Difference, Expectations};
 pub use report::{Counts, Entry, Outcome, Report, Summary};
 pub use run::{run, run_watched};
 
 /// Version of the kit, for [`dpumesh_core::BackendInfo::conformance`]; grows when a case is added or made stricter.
-pub const VERSION: &str = "1";
+pub const VERSION: &str = "2";
 
 /// A backend's side of the kit.
 #[async_trait]
@@ -120,6 +126,11 @@ pub trait Rig: Send + fmt::Debug {
 
     /// Ability to make the card's VFs misbehave.
     fn sabotage(&self) -> Option<&dyn Sabotage>;
+
+    /// Ability to bring about what no call can. A fixture of an older kit has none.
+    fn disturb(&self) -> Option<&dyn Disturb> {
+        None
+    }
 
     /// Ability to move the backend's clock; `None` when it runs by real time.
     fn clock(&self) -> Option<&dyn Clock>;

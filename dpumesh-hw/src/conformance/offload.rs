@@ -10,7 +10,8 @@ use dpumesh_core::offload::{
 use dpumesh_core::{Backend, BackendExt, ConnectionKinds, Epoch, ErrorKind, Fence, NpOffload, PortRef};
 
 use super::Rig;
-use super::check::{CaseResult, Halt, ensure, ensure_eq, refused};
+use super::check::{CaseResult, Halt, ensure, ensure_eq, refused, refused_as};
+use super::disturb::{Disturbance, disturb};
 use super::limits::FILL_LIMIT;
 use super::sample::{NO_PORT, some_port};
 
@@ -617,5 +618,193 @@ pub(super) async fn a_stale_fence_offloads_nothing(rig: &dyn Rig) -> CaseResult 
         )?;
         offload.resume(np.fence(), token).await?;
     }
+    Ok(())
+}
+
+pub(super) async fn a_fault_of_an_activation_leaves_the_old_program_running(rig: &dyn Rig) -> CaseResult {
+    let np = Np::of(rig);
+    let (first, second) = two_loaded(&np).await?;
+    let tables = np.offload()?.tables().await?;
+    disturb(rig, Disturbance::ActivationFails(true)).await?;
+    let answer = np.offload()?.activate(np.fence(), second).await;
+    refused(answer, "offload.activate", ErrorKind::Fault)?;
+    ensure_eq!(np.state(first).await?, ProgramState::Running, "the old program");
+    ensure_eq!(
+        np.state(second).await?,
+        ProgramState::Loaded,
+        "the program that did not start"
+    );
+    ensure_eq!(np.offload()?.tables().await?, tables, "tables of the old program");
+    disturb(rig, Disturbance::ActivationFails(false)).await?;
+    np.offload()?.activate(np.fence(), second).await?;
+    ensure_eq!(
+        np.state(second).await?,
+        ProgramState::Running,
+        "the program at the second try"
+    );
+    Ok(())
+}
+
+pub(super) async fn a_resumed_connection_tells_what_was_passed(rig: &dyn Rig) -> CaseResult {
+    const UP: u32 = 1000;
+    const DOWN: u32 = 70;
+    let np = Np::of(rig);
+    let given = first_connection(rig).await?;
+    let token = np.offload()?.offload_connection(np.fence(), &given).await?;
+    let what = Disturbance::Passed {
+        token,
+        up: UP,
+        down: DOWN,
+    };
+    disturb(rig, what).await?;
+    let state = np.offload()?.resume(np.fence(), token).await?;
+    ensure_eq!(
+        (state.octets_up, state.octets_down),
+        (u64::from(UP), u64::from(DOWN)),
+        "octets passed up and down"
+    );
+    let moved = |leg: &ConnectionLeg, sent: u32, received: u32| ConnectionLeg {
+        send_next: leg.send_next.wrapping_add(sent),
+        receive_next: leg.receive_next.wrapping_add(received),
+        ..leg.clone()
+    };
+    ensure_eq!(
+        state.connection.downstream,
+        moved(&given.downstream, DOWN, UP),
+        "the client's leg"
+    );
+    ensure_eq!(
+        state.connection.upstream,
+        moved(&given.upstream, UP, DOWN),
+        "the server's leg"
+    );
+    Ok(())
+}
+
+pub(super) async fn a_connection_ends_with_the_cards_life(rig: &dyn Rig) -> CaseResult {
+    let np = Np::of(rig);
+    let given = first_connection(rig).await?;
+    let token = np.offload()?.offload_connection(np.fence(), &given).await?;
+    let Some(reset) = rig.reset() else {
+        return Err(Halt::not_supported(
+            "rig.reset",
+            "the fixture cannot reset the card",
+        ));
+    };
+    reset.lose().await?;
+    reset.bring_back().await?;
+    let answer = np.offload()?.resume(np.fence(), token).await;
+    refused_as(answer, "offload.resume", &[ErrorKind::NotFound, ErrorKind::Stale])?;
+    let stats = np.offload()?.stats().await?;
+    ensure_eq!(stats.connections, 0, "connections carried in the new life");
+    let given = first_connection(rig).await?;
+    let again = np.offload()?.offload_connection(np.fence(), &given).await?;
+    np.offload()?.resume(np.fence(), again).await?;
+    Ok(())
+}
+
+pub(super) async fn the_numbers_follow_what_is_carried(rig: &dyn Rig) -> CaseResult {
+    let np = Np::of(rig);
+    let given = first_connection(rig).await?;
+    let offload = np.offload()?;
+    let before = offload.stats().await?;
+    let other = connection(given.downstream.port, 1, given.kind);
+    let most = np.backend.capabilities().offload.connections.min(2);
+    let mut tokens = Vec::new();
+    for given in [&given, &other].into_iter().take(most as usize) {
+        tokens.push(offload.offload_connection(np.fence(), given).await?);
+        let stats = offload.stats().await?;
+        ensure_eq!(stats.connections, tokens.len() as u64, "connections carried");
+        ensure_eq!(
+            stats.connections_total,
+            before.connections_total + tokens.len() as u64,
+            "connections ever taken"
+        );
+    }
+    let taken = tokens.len() as u64;
+    for token in tokens {
+        offload.resume(np.fence(), token).await?;
+    }
+    let stats = offload.stats().await?;
+    ensure_eq!(
+        (stats.connections, stats.connections_total),
+        (0, before.connections_total + taken),
+        "connections carried and ever taken, when all were taken back"
+    );
+    Ok(())
+}
+
+pub(super) async fn each_kind_of_table_keeps_what_is_written(rig: &dyn Rig) -> CaseResult {
+    let np = Np::of(rig);
+    let mut former = None;
+    for program in &np.programs {
+        let slot = np.first_free().await?;
+        np.load(slot, program).await?;
+        np.offload()?.activate(np.fence(), slot).await?;
+        if let Some(former) = former.replace(slot) {
+            np.offload()?.unload(np.fence(), former).await?;
+        }
+        for table in np.offload()?.tables().await? {
+            keeps_what_is_written(&np, &table).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn keeps_what_is_written(np: &Np, table: &TableInfo) -> CaseResult {
+    let of = format!("table {} ({:?})", table.name, table.kind);
+    let before = np.offload()?.read(table.id).await?;
+    if table.kind == TableKind::Counter {
+        let results = np.write(table.id, &[put(entry(table, 1))]).await?;
+        ensure!(
+            results[0].is_err(),
+            "{of}: counts are read-only, but one was written"
+        );
+        let after = np.offload()?.read(table.id).await?;
+        ensure_eq!(after.len(), before.len(), "{of}: entries after a refused write");
+        return Ok(());
+    }
+    let mut entries = [entry(table, 1), entry(table, 2)];
+    match table.kind {
+        // The same leading bits, more and fewer of them.
+        TableKind::Lpm => {
+            for (entry, octets) in entries.iter_mut().zip([1, 2]) {
+                entry.key.fill(0);
+                let bits = (0..entry.key.len()).map(|i| if i < octets { 0xff } else { 0 });
+                entry.mask = Some(bits.collect());
+            }
+        }
+        // The same key and mask, of different rank.
+        TableKind::Ternary => {
+            for (entry, priority) in entries.iter_mut().zip([1, 2]) {
+                entry.key.fill(0);
+                entry.mask = Some(vec![0xf0; entry.key.len()]);
+                entry.priority = priority;
+            }
+        }
+        _ => {}
+    }
+    let writes = entries.clone().map(put);
+    ensure_eq!(
+        np.write(table.id, &writes).await?,
+        vec![Ok(()); 2],
+        "{of}: writes"
+    );
+    let found = np.offload()?.read(table.id).await?;
+    for entry in &entries {
+        ensure!(
+            found.contains(entry),
+            "{of}: {entry:?} was written, {found:?} is read"
+        );
+    }
+    ensure_eq!(found.len(), before.len() + 2, "{of}: entries read");
+    let deletes = entries.map(TableWrite::Delete);
+    ensure_eq!(
+        np.write(table.id, &deletes).await?,
+        vec![Ok(()); 2],
+        "{of}: deletes"
+    );
+    let found = np.offload()?.read(table.id).await?;
+    ensure_eq!(found, before, "{of}: entries after the deletes");
     Ok(())
 }

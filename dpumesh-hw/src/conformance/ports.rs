@@ -7,6 +7,7 @@ use dpumesh_core::{BackendExt, Epoch, ErrorKind, Fence, Frame, HEADROOM, PortIo,
 
 use super::Rig;
 use super::check::{CaseResult, Halt, ensure, ensure_eq, refused};
+use super::disturb::{Disturbance, disturb};
 use super::probe::{ARRIVAL, admitted, frame, frame_with, tag_of, to_software};
 use super::sample::{NO_PORT, some_port};
 
@@ -377,6 +378,51 @@ pub(super) async fn the_claimed_number_of_ports_can_be_open(rig: &dyn Rig) -> Ca
             "ports.open",
             format!("{limit} are claimed, the card has {} ports", all.len()),
         ));
+    }
+    Ok(())
+}
+
+pub(super) async fn an_error_comes_behind_the_frames_before_it(rig: &dyn Rig) -> CaseResult {
+    let mut port = open(rig, "pod").await?;
+    let Some(probe) = rig.probe() else {
+        return Err(Halt::not_supported("rig.probe", "the fixture sends no frames"));
+    };
+    let name = port.port();
+    for tag in 1..=5 {
+        probe.inject(name, &frame(tag)).await?;
+    }
+    disturb(
+        rig,
+        Disturbance::PortFails {
+            port: name,
+            after: Some(3),
+        },
+    )
+    .await?;
+    let mut frames: Vec<Frame> = (0..8).map(|_| Frame::new()).collect();
+    let mut found = Vec::new();
+    let begun = Instant::now();
+    let error = loop {
+        match port.receive(&mut frames) {
+            Ok(0) if begun.elapsed() < ARRIVAL => tokio::time::sleep(Duration::from_millis(1)).await,
+            Ok(0) => return Err(Halt::failed(format!("no error after frames {found:?}"))),
+            Ok(count) => found.extend(frames[..count].iter().map(|frame| tag_of(frame.octets()))),
+            Err(error) => break error,
+        }
+    };
+    ensure_eq!(found, vec![1, 2, 3], "frames received before the error");
+    ensure_eq!(error.kind, ErrorKind::Io, "kind of the error");
+    disturb(
+        rig,
+        Disturbance::PortFails {
+            port: name,
+            after: None,
+        },
+    )
+    .await?;
+    for tag in [4, 5] {
+        let found = receive_one(&mut *port, ARRIVAL).await?;
+        ensure_eq!(found.as_deref().map(tag_of), Some(tag), "frame behind the error");
     }
     Ok(())
 }

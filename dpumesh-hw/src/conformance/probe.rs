@@ -7,12 +7,12 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use dpumesh_core::steering::{
-    Action, Cookie, EtherType, Field, IpMatch, Masked, MissPolicy, Pattern, Priority, SteeringRule,
+    Action, Change, Cookie, EtherType, Field, IpMatch, Masked, MissPolicy, Pattern, Priority, SteeringRule,
 };
 use dpumesh_core::vf::{VfLease, VfRequest};
 use dpumesh_core::{ActionKinds, BackendExt, FlowSteeringExt, MacAddr, MatchKinds, PortRef, VfAttributes};
 
-use super::check::{CaseResult, Halt, ensure};
+use super::check::{CaseResult, Halt, ensure, ensure_eq};
 use super::sample::{MINE, covers};
 use super::{Probe, Rig};
 
@@ -218,10 +218,22 @@ pub(super) async fn install(
     put(rig, rule).await
 }
 
-/// Installs a rule and gives it back.
+/// Installs a rule and gives it back. Where it was said to act is where `list` shows it.
 pub(super) async fn put(rig: &dyn Rig, rule: SteeringRule) -> Result<SteeringRule, Halt> {
     let soc = rig.soc();
-    soc.require_steering()?.add(soc.fence(), rule.clone()).await?;
+    let steering = soc.require_steering()?;
+    let change = steering.add(soc.fence(), rule.clone()).await?;
+    let (Change::Added(placement) | Change::Present(placement)) = change else {
+        return Err(Halt::failed(format!("adding a rule ended as {change:?}")));
+    };
+    let listed = steering.list(rule.owner).await?;
+    let listed = listed.into_iter().find(|each| each.rule.cookie == rule.cookie);
+    ensure_eq!(
+        listed.map(|each| each.placement),
+        Some(placement),
+        "place of rule {} as list shows it",
+        rule.cookie
+    );
     Ok(rule)
 }
 

@@ -61,12 +61,12 @@ impl Soc {
         Ok(self.steering()?.list(MINE).await?)
     }
 
-    async fn cookies(&self) -> Result<Vec<u128>, Halt> {
+    pub(super) async fn cookies(&self) -> Result<Vec<u128>, Halt> {
         Ok(self.mine().await?.iter().map(|each| each.rule.cookie.0).collect())
     }
 }
 
-fn add(rule: SteeringRule) -> Operation {
+pub(super) fn add(rule: SteeringRule) -> Operation {
     Operation::Add(rule)
 }
 

@@ -17,10 +17,10 @@ use super::probe::{
 use super::sample::{MINE, covers};
 use super::steering::Soc;
 
-const MARK: u16 = 999;
+pub(super) const MARK: u16 = 999;
 
 /// A wire on which the mark frame gets through, so that silence can be told from slowness.
-async fn wire(rig: &dyn Rig) -> Result<Wire<'_>, Halt> {
+pub(super) async fn wire(rig: &dyn Rig) -> Result<Wire<'_>, Halt> {
     needs_actions(rig, ActionKinds::FORWARD)?;
     let wire = Wire::new(rig).await?;
     install(rig, MARK, 0, vec![Action::Forward(wire.to)]).await?;
@@ -28,7 +28,7 @@ async fn wire(rig: &dyn Rig) -> Result<Wire<'_>, Halt> {
 }
 
 /// Sends a frame that must not arrive, and the mark behind it.
-async fn does_not_arrive(wire: &Wire<'_>, octets: &[u8], why: &str) -> CaseResult {
+pub(super) async fn does_not_arrive(wire: &Wire<'_>, octets: &[u8], why: &str) -> CaseResult {
     wire.send(octets).await?;
     wire.send(&frame(MARK)).await?;
     wire.arrives(&frame(MARK), why).await
@@ -171,8 +171,8 @@ pub(super) async fn a_port_is_never_what_a_frame_claims(rig: &dyn Rig) -> CaseRe
     does_not_arrive(&wire, &frame(2), "it came in on another port than the rule's").await
 }
 
-/// The counters of my only asked-for rule.
-async fn counted(rig: &dyn Rig, cookie: Cookie) -> Result<Counters, Halt> {
+/// The counters of a rule of mine, when they are as old as they may be.
+pub(super) async fn counted(rig: &dyn Rig, cookie: Cookie) -> Result<Counters, Halt> {
     let soc = Soc::of(rig);
     let age = soc.backend.capabilities().steering.counter_age_ms;
     pass(rig, Duration::from_millis(u64::from(age))).await;
@@ -309,7 +309,7 @@ pub(super) async fn a_rewritten_address_leaves_with_right_checksums(rig: &dyn Ri
 }
 
 /// The frame with an 802.1Q tag.
-fn tagged(octets: &[u8], id: u16) -> Vec<u8> {
+pub(super) fn tagged(octets: &[u8], id: u16) -> Vec<u8> {
     let [high, low] = id.to_be_bytes();
     [&octets[..12], &[0x81, 0x00, high, low], &octets[12..]].concat()
 }
@@ -494,7 +494,7 @@ pub(super) async fn a_later_fragment_never_matches_a_port(rig: &dyn Rig) -> Case
     does_not_arrive(&wire, &fragment, "a later fragment has no ports").await
 }
 
-fn refresh_checksum(frame: &mut [u8]) {
+pub(super) fn refresh_checksum(frame: &mut [u8]) {
     frame[24..26].fill(0);
     let sum: u32 = frame[14..34]
         .chunks(2)

@@ -34,9 +34,9 @@ fn config(claims: &TransportCapabilities, mode: ChannelMode) -> ChannelConfig {
 }
 
 /// Both ends of a channel, and the listener it came from.
-struct Pair {
-    near: Box<dyn ShmChannel>,
-    far: Box<dyn ShmChannel>,
+pub(super) struct Pair {
+    pub(super) near: Box<dyn ShmChannel>,
+    pub(super) far: Box<dyn ShmChannel>,
     listener: Box<dyn ShmListener>,
 }
 
@@ -59,7 +59,7 @@ async fn meet(
     tokio::try_join!(transport.connect(name, config), listener.accept())
 }
 
-async fn pair(rig: &dyn Rig, mode: ChannelMode) -> Result<Pair, Halt> {
+pub(super) async fn pair(rig: &dyn Rig, mode: ChannelMode) -> Result<Pair, Halt> {
     let claims = rig.soc().capabilities().transport;
     pair_of(rig, config(&claims, mode)).await
 }
@@ -338,6 +338,48 @@ pub(super) async fn send_with_writes_one_message_of_exactly_its_length(rig: &dyn
         "room, written, room left, written of too much"
     );
     receives(&mut *pair.far, b"0123456789", "the message").await
+}
+
+pub(super) async fn send_with_fills_only_what_it_will_send(rig: &dyn Rig) -> CaseResult {
+    let mut pair = pair(rig, ChannelMode::Messages).await?;
+    let longest = pair.near.config().max_message as usize;
+    let mut calls = 0;
+    let full = vec![9; longest];
+    let fits = pair.near.send_with(longest, &mut |writer| {
+        calls += 1;
+        writer.write(&full);
+    })?;
+    ensure!(
+        fits && calls == 1,
+        "a message of the agreed length was not written"
+    );
+    receives(&mut *pair.far, &full, "the longest message").await?;
+    let answer = pair.near.send_with(longest + 1, &mut |_| calls += 1);
+    ensure_eq!(
+        answer.map_err(|error| error.kind),
+        Err(ErrorKind::Invalid),
+        "writing a message too long"
+    );
+    ensure_eq!(calls, 1, "calls of fill after a message too long");
+    let mut sent = 0;
+    while pair.near.send_with(longest, &mut |_| calls += 1)? {
+        sent += 1;
+        ensure_eq!(calls, 1 + sent, "calls of fill");
+        ensure!(sent < 1_000_000, "the ring is never full");
+    }
+    ensure_eq!(calls, 1 + sent, "calls of fill when there is no room");
+    // What fill leaves unwritten is unspecified, but the message is as long as was said.
+    let mut buffer = vec![0; longest + 1];
+    for _ in 0..sent {
+        let length = receive(&mut *pair.far, &mut buffer).await?;
+        ensure_eq!(length, Some(longest), "length of a message that fill left alone");
+    }
+    ensure_eq!(
+        pair.far.receive(&mut buffer)?,
+        None,
+        "a message that was not sent"
+    );
+    Ok(())
 }
 
 pub(super) async fn arming_says_whether_to_sleep(rig: &dyn Rig) -> CaseResult {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `lease` | who gets which VF, and what a lease is worth |
 //! | `attributes` | MAC, VLAN, MTU and the like, as transactions |
+//! | `cancel` | calls that were given up |
 //! | `place` | attach and detach |
 //! | `release` | giving back, and getting back what was not given |
 //! | `admission` | the SoC's half of a lease |
@@ -11,6 +12,7 @@
 
 mod admission;
 mod attributes;
+mod cancel;
 mod count;
 mod lease;
 mod place;
@@ -26,6 +28,7 @@ use super::check::{CaseResult, Halt};
 
 pub(super) use admission::*;
 pub(super) use attributes::*;
+pub(super) use cancel::*;
 pub(super) use count::*;
 pub(super) use lease::*;
 pub(super) use place::*;

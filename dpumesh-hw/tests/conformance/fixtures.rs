@@ -59,7 +59,7 @@ pub(crate) fn little() -> Capabilities {
     steering.hardware_fields = steering.fields.clone();
     steering.atomicity = [Atomicity::Continue].into();
     steering.batch_max = 32;
-    steering.per_operation_status = true;
+    steering.per_operation_status = false;
     small.offload.slots = 3;
     small.offload.max_image = 4096;
     small.offload.tables = 2;

@@ -148,7 +148,7 @@ fn every_case_is_shown_by_some_card() {
             .into_keys()
             .collect::<BTreeSet<String>>()
     };
-    let files = ["memory", "memory-halves", "memory-small", "memory-limited"];
+    let files = ["memory", "memory-halves", "memory-small", "memory-limited", "shm"];
     let never = files
         .into_iter()
         .map(skips)

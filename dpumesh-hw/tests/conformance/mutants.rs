@@ -46,6 +46,22 @@ async fn every_bug_is_caught_by_the_case_that_is_about_it() {
     }
     let case = "an_undeclared_atomicity_is_unsupported";
     misses.extend(missed(fixtures::small(), Bug::TakesAnyAtomicity, |_| {}, case).await);
+    // Only real memory can be written by its peer.
+    let folder = tempfile::tempdir().expect("a folder");
+    let sockets = || fixtures::over_sockets(folder.path(), &dpumesh_hw::memory::capabilities());
+    for (bug, case) in [
+        (
+            Bug::ForgivesALiar,
+            "a_lie_of_the_peer_closes_the_channel_for_good",
+        ),
+        (
+            Bug::OverlooksALiar,
+            "a_lie_of_the_peer_closes_the_channel_for_good",
+        ),
+        (Bug::OverlooksALiar, "whatever_the_peer_writes_ends_cleanly"),
+    ] {
+        misses.extend(missed(sockets(), bug, |_| {}, case).await);
+    }
     assert!(misses.is_empty(), "{}", misses.join("\n"));
 }
 
@@ -185,6 +201,103 @@ const BUGS: &[(Bug, &str)] = &[
         "a_slow_subscriber_is_told_how_many_it_lost",
     ),
     (Bug::ChangesItsName, "info_and_capabilities_are_constant"),
+    (
+        Bug::SaysHardwareAndDoesNothing,
+        "a_rule_in_hardware_acts_on_real_frames",
+    ),
+    (
+        Bug::SaysHardwareAndDoesNothing,
+        "each_action_claimed_in_hardware_acts_on_real_frames",
+    ),
+    (
+        Bug::SaysHardwareAndDoesNothing,
+        "the_counter_of_a_rule_in_hardware_moves_with_frames",
+    ),
+    (
+        Bug::SaysHardwareAndUsesSoftware,
+        "a_rule_in_hardware_needs_no_software",
+    ),
+    (
+        Bug::CountsNothingInHardware,
+        "the_counter_of_a_rule_in_hardware_moves_with_frames",
+    ),
+    (
+        Bug::ForgetsMarks,
+        "a_mark_made_in_hardware_is_matched_in_hardware",
+    ),
+    (Bug::ListsAnotherPlace, "a_forwarded_frame_leaves_by_its_port"),
+    (Bug::ServesOldCounters, "a_counter_is_at_most_as_old_as_claimed"),
+    (
+        Bug::SplitsAtomicBatches,
+        "no_frame_meets_the_middle_of_an_atomic_batch",
+    ),
+    (Bug::RemovesBeforeItAdds, "replacing_rules_leaves_no_gap"),
+    (Bug::ListsTheFormerLife, "replayed_rules_act_in_the_new_life"),
+    (
+        Bug::CarriesCountersOver,
+        "counting_begins_anew_with_the_cards_life",
+    ),
+    (
+        Bug::SaysDoneWhatFailed,
+        "what_a_failing_table_did_is_told_or_unknown_and_listed",
+    ),
+    (
+        Bug::MarksEveryFailureUnknown,
+        "what_a_failing_table_did_is_told_or_unknown_and_listed",
+    ),
+    (
+        Bug::SaysUndoneWhatWasDone,
+        "a_failing_table_leaves_all_or_none_of_a_batch_that_promised_it",
+    ),
+    (
+        Bug::HidesAFailedFlush,
+        "a_flush_that_fails_says_so_and_is_finished_by_the_next",
+    ),
+    (
+        Bug::NeedsTheNamespaceToRelease,
+        "release_with_the_namespace_gone_frees_the_vf",
+    ),
+    (
+        Bug::GivesUpAtTheFirstStep,
+        "a_release_tries_the_steps_behind_one_that_fails",
+    ),
+    (
+        Bug::TellsOnlyTheFirstFailure,
+        "a_release_tells_every_step_that_failed",
+    ),
+    (
+        Bug::StaysBusyWhenCancelled,
+        "a_cancelled_attach_can_be_repeated_or_released",
+    ),
+    (
+        Bug::StaysBusyWhenCancelled,
+        "a_cancelled_configure_can_be_repeated_or_released",
+    ),
+    (Bug::StaysBusyWhenCancelled, "a_cancelled_release_can_be_repeated"),
+    (
+        Bug::SetsOnlyTheAdministrativeMac,
+        "the_function_uses_the_mac_that_it_was_given",
+    ),
+    (Bug::PromisesEveryVf, "fewer_vfs_than_asked_for_are_told"),
+    (
+        Bug::StopsTheOldProgramOnAFault,
+        "a_fault_of_an_activation_leaves_the_old_program_running",
+    ),
+    (
+        Bug::ForgetsWhatItPassed,
+        "a_resumed_connection_tells_what_was_passed",
+    ),
+    (Bug::ResumesWhatWasLost, "a_connection_ends_with_the_cards_life"),
+    (Bug::CountsNoConnections, "the_numbers_follow_what_is_carried"),
+    (Bug::ForgetsMeters, "each_kind_of_table_keeps_what_is_written"),
+    (
+        Bug::LosesFramesAtAnError,
+        "an_error_comes_behind_the_frames_before_it",
+    ),
+    (Bug::FillsWithoutRoom, "send_with_fills_only_what_it_will_send"),
+    (Bug::SwallowsLink, "a_carrier_that_changes_is_told_and_listed"),
+    (Bug::SwallowsHealth, "health_that_changes_is_told"),
+    (Bug::SwallowsVfRemoved, "a_vf_that_went_is_told"),
 ];
 
 #[tokio::test]

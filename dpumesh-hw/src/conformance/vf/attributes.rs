@@ -181,3 +181,23 @@ pub(in crate::conformance) async fn a_vlan_priority_above_7_is_invalid(rig: &dyn
     refused(answer, "vf.configure", ErrorKind::Invalid)?;
     Ok(())
 }
+
+pub(in crate::conformance) async fn the_function_uses_the_mac_that_it_was_given(rig: &dyn Rig) -> CaseResult {
+    let host = Host::of(rig);
+    let lease = host.lease("pod").await?;
+    let clean = host.state(lease.port).await?;
+    for given in [mac(7), mac(8)] {
+        host.configure(&lease, given.clone()).await?;
+        let state = host.state(lease.port).await?;
+        ensure_eq!(Some(state.admin_mac), given.mac, "administrative MAC");
+        ensure_eq!(Some(state.effective_mac), given.mac, "effective MAC");
+    }
+    host.release(&lease).await?;
+    let after = host.state(lease.port).await?;
+    ensure_eq!(
+        (after.admin_mac, after.effective_mac),
+        (clean.admin_mac, clean.effective_mac),
+        "administrative and effective MAC after the release"
+    );
+    Ok(())
+}

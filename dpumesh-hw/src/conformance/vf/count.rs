@@ -1,10 +1,12 @@
 //! How many VFs there are, and changing it.
 
+use dpumesh_core::vf::Disruption;
 use dpumesh_core::{ErrorKind, PfIndex, PortRef};
 
 use super::Host;
 use crate::conformance::Rig;
 use crate::conformance::check::{CaseResult, Halt, ensure, ensure_eq, refused};
+use crate::conformance::disturb::{Disturbance, disturb};
 
 fn pf_of(port: PortRef) -> PfIndex {
     match port {
@@ -84,4 +86,25 @@ pub(in crate::conformance) async fn a_fixed_vf_count_is_unsupported(rig: &dyn Ri
     refused(answer, "vf.set_vf_count", ErrorKind::Unsupported)?;
     ensure_eq!(host.vf()?.list().await?, before, "VFs after the refusals");
     Ok(())
+}
+
+pub(in crate::conformance) async fn fewer_vfs_than_asked_for_are_told(rig: &dyn Rig) -> CaseResult {
+    let host = Host::of(rig);
+    let Some(pf) = host.vf()?.list().await?.first().map(|state| pf_of(state.port)) else {
+        return Err(Halt::failed("the card lists no VF"));
+    };
+    host.vf()?.set_vf_count(host.fence(), pf, 0).await?;
+    disturb(rig, Disturbance::FewerVfs(Some(1))).await?;
+    let count = host.vf()?.set_vf_count(host.fence(), pf, 2).await?;
+    ensure_eq!(
+        count.actual,
+        1,
+        "VFs of a card that gives one, whatever it is asked for"
+    );
+    ensure!(
+        count.needs != Disruption::None,
+        "nothing is needed to get the rest, yet the card did not give it"
+    );
+    ensure_eq!(host.vf()?.list().await?.len(), 1, "VFs listed");
+    disturb(rig, Disturbance::FewerVfs(None)).await
 }

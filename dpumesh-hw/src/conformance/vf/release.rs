@@ -1,12 +1,13 @@
 //! Giving a VF back: release by its lease, reclaim without one.
 
-use dpumesh_core::vf::{LeaseId, LeaseOwner, Released, ResetLevel, VfLocation, VfRequest};
+use dpumesh_core::vf::{LeaseId, LeaseOwner, Released, ResetLevel, TeardownErrors, VfLocation, VfRequest};
 use dpumesh_core::{Effect, ErrorKind, ResetLevels, VfAttributes};
 
 use super::attributes::sample;
 use super::place::place;
 use super::{Host, mac};
 use crate::conformance::check::{CaseResult, Halt, ensure, ensure_eq, refused};
+use crate::conformance::disturb::{Disturbance, disturb};
 use crate::conformance::sample::NO_PORT;
 use crate::conformance::{Rig, Sabotage};
 
@@ -308,4 +309,104 @@ pub(in crate::conformance) async fn reclaim_refuses_an_unclaimed_level(rig: &dyn
     }
     ensure_eq!(host.leases().await?, vec![lease], "leases after the refusals");
     Ok(())
+}
+
+pub(in crate::conformance) async fn release_with_the_namespace_gone_frees_the_vf(
+    rig: &dyn Rig,
+) -> CaseResult {
+    let host = Host::of(rig);
+    let lease = host.lease("pod").await?;
+    let (path, place) = place(rig, "net1").await?;
+    host.vf()?.attach(host.fence(), &lease, &place).await?;
+    let Some(namespaces) = rig.namespaces() else {
+        return Err(Halt::not_supported(
+            "rig.namespaces",
+            "the fixture makes no namespaces",
+        ));
+    };
+    namespaces.remove(&path).await?;
+    ensure_eq!(host.release(&lease).await?, Released::Freed, "release");
+    let state = host.state(lease.port).await?;
+    ensure_eq!(
+        (state.lease, state.location),
+        (None, VfLocation::Host),
+        "the VF whose namespace is gone"
+    );
+    ensure_eq!(
+        host.lease("next").await?.port,
+        lease.port,
+        "port of the next lease"
+    );
+    Ok(())
+}
+
+pub(in crate::conformance) async fn a_release_tries_the_steps_behind_one_that_fails(
+    rig: &dyn Rig,
+) -> CaseResult {
+    let host = Host::of(rig);
+    let clean = host.vf()?.list().await?;
+    let lease = host.lease("pod").await?;
+    let leased = host.state(lease.port).await?;
+    host.configure(&lease, mac(4)).await?;
+    let (_, place) = place(rig, "net1").await?;
+    host.vf()?.attach(host.fence(), &lease, &place).await?;
+    sabotage(rig)?.jam(lease.port, true).await?;
+    if let Ok(released) = host.vf()?.release(host.fence(), &lease, ResetLevel::Config).await {
+        return Err(Halt::failed(format!("a jammed VF was {released:?}")));
+    }
+    let state = host.state(lease.port).await?;
+    ensure_eq!(
+        state.admin_mac,
+        leased.admin_mac,
+        "administrative MAC: it is restored though the VF did not come home"
+    );
+    sabotage(rig)?.jam(lease.port, false).await?;
+    ensure_eq!(
+        host.release(&lease).await?,
+        Released::Freed,
+        "release when nothing is jammed"
+    );
+    ensure_eq!(host.vf()?.list().await?, clean, "VFs after it");
+    Ok(())
+}
+
+pub(in crate::conformance) async fn a_release_tells_every_step_that_failed(rig: &dyn Rig) -> CaseResult {
+    let host = Host::of(rig);
+    let clean = host.vf()?.list().await?;
+    let lease = host.lease("pod").await?;
+    host.configure(&lease, mac(4)).await?;
+    let (_, place) = place(rig, "net1").await?;
+    host.vf()?.attach(host.fence(), &lease, &place).await?;
+    let port = lease.port;
+    disturb(rig, Disturbance::AttributesFail { port, fail: true }).await?;
+    sabotage(rig)?.jam(port, true).await?;
+    let error = match host.vf()?.release(host.fence(), &lease, ResetLevel::Config).await {
+        Ok(released) => return Err(Halt::failed(format!("a broken VF was {released:?}"))),
+        Err(error) => error,
+    };
+    ensure_eq!(error.effect, Effect::Partial, "effect of the failure");
+    let told = std::error::Error::source(&error).map_or(0, failures);
+    ensure!(told >= 2, "two steps failed, the error lists {told}: {error}");
+    ensure_eq!(
+        host.leases().await?,
+        vec![lease.clone()],
+        "leases after the failure"
+    );
+    sabotage(rig)?.jam(port, false).await?;
+    disturb(rig, Disturbance::AttributesFail { port, fail: false }).await?;
+    ensure_eq!(
+        host.release(&lease).await?,
+        Released::Freed,
+        "release when nothing is broken"
+    );
+    ensure_eq!(host.vf()?.list().await?, clean, "VFs after it");
+    Ok(())
+}
+
+/// How many failures a teardown's error lists; as text, when it came through an interface that carries texts.
+fn failures(source: &(dyn std::error::Error + 'static)) -> usize {
+    match source.downcast_ref::<TeardownErrors>() {
+        Some(errors) => errors.0.len(),
+        None => source.to_string().split("; ").count(),
+    }
 }

@@ -17,7 +17,11 @@ impl ShmTransport for Part {
     async fn connect(&self, name: &ChannelName, config: &ChannelConfig) -> Result<Box<dyn ShmChannel>> {
         let transport = self.inner.transport().expect("asked only where the part is");
         let inner = transport.connect(name, config).await?;
-        Ok(Box::new(MutantChannel { inner, bug: self.bug }))
+        Ok(Box::new(MutantChannel {
+            inner,
+            bug: self.bug,
+            lies: 0,
+        }))
     }
 }
 
@@ -31,7 +35,11 @@ struct MutantListener {
 impl ShmListener for MutantListener {
     async fn accept(&mut self) -> Result<Box<dyn ShmChannel>> {
         let inner = self.inner.accept().await?;
-        Ok(Box::new(MutantChannel { inner, bug: self.bug }))
+        Ok(Box::new(MutantChannel {
+            inner,
+            bug: self.bug,
+            lies: 0,
+        }))
     }
 }
 
@@ -39,6 +47,33 @@ impl ShmListener for MutantListener {
 struct MutantChannel {
     inner: Box<dyn ShmChannel>,
     bug: Bug,
+    lies: u32,
+}
+
+impl MutantChannel {
+    /// Whether a lie of the peer is passed over: none, all, or all but the first.
+    fn forgives(&mut self) -> bool {
+        self.lies += 1;
+        match self.bug {
+            Bug::OverlooksALiar => true,
+            Bug::ForgivesALiar => self.lies > 1,
+            _ => false,
+        }
+    }
+}
+
+/// Room that is not there.
+#[derive(Debug)]
+struct Nowhere;
+
+impl SharedWriter for Nowhere {
+    fn write(&mut self, _: &[u8]) -> usize {
+        0
+    }
+
+    fn remaining(&self) -> usize {
+        0
+    }
 }
 
 impl ShmChannel for MutantChannel {
@@ -61,16 +96,30 @@ impl ShmChannel for MutantChannel {
                     .collect();
                 self.inner.send(&cut)
             }
+            Bug::OverlooksALiar => match self.inner.send(slices) {
+                Err(error) if error.kind == ErrorKind::PeerMisbehaved => Ok(0),
+                answer => answer,
+            },
             _ => self.inner.send(slices),
         }
     }
 
     fn send_with(&mut self, len: usize, fill: &mut dyn FnMut(&mut dyn SharedWriter)) -> Result<bool> {
-        self.inner.send_with(len, fill)
+        match self.inner.send_with(len, fill) {
+            Err(error) if error.kind == ErrorKind::PeerMisbehaved && self.bug == Bug::OverlooksALiar => {
+                Ok(false)
+            }
+            Ok(false) if self.bug == Bug::FillsWithoutRoom => {
+                fill(&mut Nowhere);
+                Ok(false)
+            }
+            answer => answer,
+        }
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<Option<usize>> {
         match self.inner.receive(buffer) {
+            Err(error) if error.kind == ErrorKind::PeerMisbehaved && self.forgives() => Ok(None),
             Err(error) if self.bug == Bug::OverlooksADeadPeer && error.kind == ErrorKind::DeviceLost => {
                 Ok(None)
             }
@@ -79,7 +128,10 @@ impl ShmChannel for MutantChannel {
     }
 
     fn arm(&mut self) -> Result<bool> {
-        let armed = self.inner.arm()?;
+        let armed = match self.inner.arm() {
+            Err(error) if error.kind == ErrorKind::PeerMisbehaved && self.bug == Bug::OverlooksALiar => false,
+            answer => answer?,
+        };
         Ok(armed || self.bug == Bug::LetsItsOwnerOversleep)
     }
 

@@ -1,14 +1,16 @@
 //! [`Mutant`]: a decorator with one [`Bug`] and one [`Lie`]; the parts in the other files act on them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use dpumesh_core::backend::EventStream;
 use dpumesh_core::offload::ConnectionState;
+use dpumesh_core::steering::{Cookie, Counters, SteeringRule};
 use dpumesh_core::{
-    Backend, BackendInfo, Capabilities, Epoch, Event, Fence, FlowSteering, MacAddr, NpOffload, PortRef,
-    Ports, ShmTransport, VfAllocator,
+    Backend, BackendInfo, Capabilities, Epoch, Error, ErrorKind, Event, Fence, FlowSteering, MacAddr,
+    NpOffload, PortRef, Ports, Result, ShmTransport, VfAllocator,
 };
 
 /// What a call does wrong.
@@ -28,6 +30,12 @@ pub(super) enum Bug {
     ReclaimsFromTheLiving,
     IsSurprisedByASecondDetach,
     ListsNoLeases,
+    NeedsTheNamespaceToRelease,
+    GivesUpAtTheFirstStep,
+    TellsOnlyTheFirstFailure,
+    StaysBusyWhenCancelled,
+    SetsOnlyTheAdministrativeMac,
+    PromisesEveryVf,
     // rules
     ReordersABatch,
     ListsEverybodysRules,
@@ -49,25 +57,51 @@ pub(super) enum Bug {
     NamesNoField,
     ForgetsThatItIsFull,
     LeavesMissesOpen,
+    SaysHardwareAndDoesNothing,
+    SaysHardwareAndUsesSoftware,
+    ListsAnotherPlace,
+    CountsNothingInHardware,
+    ForgetsMarks,
+    ServesOldCounters,
+    CarriesCountersOver,
+    ListsTheFormerLife,
+    SplitsAtomicBatches,
+    RemovesBeforeItAdds,
+    SaysDoneWhatFailed,
+    MarksEveryFailureUnknown,
+    SaysUndoneWhatWasDone,
+    HidesAFailedFlush,
     // processor
     ResumesATokenTwice,
     StopsAtTheFirstBadEntry,
     ReadsInReverse,
     RunsTheOldProgram,
+    StopsTheOldProgramOnAFault,
+    ForgetsWhatItPassed,
+    ResumesWhatWasLost,
+    CountsNoConnections,
+    ForgetsMeters,
     // ports
     ReceivesInReverse,
     LeavesFramesAsTheyWere,
     CountsNoRefusals,
+    LosesFramesAtAnError,
     // channels
     MergesMessages,
     OverlooksADeadPeer,
     LetsItsOwnerOversleep,
     HidesWhatIsInFlight,
     TruncatesMessages,
+    ForgivesALiar,
+    OverlooksALiar,
+    FillsWithoutRoom,
     // card
     KeepsItsEpoch,
     SwallowsLost,
     LosesEventsSilently,
+    SwallowsLink,
+    SwallowsHealth,
+    SwallowsVfRemoved,
     ChangesItsName,
 }
 
@@ -94,6 +128,10 @@ pub(super) struct Part {
     pub(super) detached: AtomicU64,
     pub(super) mac: Mutex<Option<(PortRef, MacAddr)>>,
     pub(super) resumed: Mutex<Option<ConnectionState>>,
+    /// A call was begun and not ended.
+    pub(super) busy: AtomicBool,
+    pub(super) rules: Mutex<Vec<SteeringRule>>,
+    pub(super) counters: Mutex<BTreeMap<Cookie, Counters>>,
 }
 
 impl Mutant {
@@ -105,6 +143,9 @@ impl Mutant {
             detached: AtomicU64::new(0),
             mac: Mutex::default(),
             resumed: Mutex::default(),
+            busy: AtomicBool::new(false),
+            rules: Mutex::default(),
+            counters: Mutex::default(),
         };
         Self {
             born: inner.epoch(),
@@ -180,7 +221,10 @@ impl EventStream for MutantEvents {
             let event = self.inner.next().await;
             match (self.bug, &event) {
                 (Bug::SwallowsLost, Some(Event::Lost { .. }))
-                | (Bug::LosesEventsSilently, Some(Event::Overflowed(_))) => {}
+                | (Bug::LosesEventsSilently, Some(Event::Overflowed(_)))
+                | (Bug::SwallowsLink, Some(Event::Link { .. }))
+                | (Bug::SwallowsHealth, Some(Event::Health(_)))
+                | (Bug::SwallowsVfRemoved, Some(Event::VfRemoved(_))) => {}
                 _ => return event,
             }
         }
@@ -197,6 +241,19 @@ impl Part {
             return Fence(self.inner.epoch());
         }
         fence
+    }
+
+    /// Takes two turns, and when it is dropped in between the part stays busy.
+    pub(super) async fn linger(&self, operation: &'static str) -> Result<()> {
+        if !self.has(Bug::StaysBusyWhenCancelled) {
+            return Ok(());
+        }
+        if self.busy.swap(true, Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Busy, operation, "a call is under way"));
+        }
+        tokio::task::yield_now().await;
+        self.busy.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     pub(super) fn inner_vf(&self) -> &dyn VfAllocator {

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use dpumesh_core::offload::{
-    Connection, ConnectionState, ConnectionToken, OffloadStats, Program, ProgramInfo, Slot, TableEntry,
-    TableId, TableInfo, TableWrite,
+    Connection, ConnectionState, ConnectionToken, OffloadStats, Program, ProgramInfo, ProgramState, Slot,
+    TableEntry, TableId, TableInfo, TableKind, TableWrite,
 };
 use dpumesh_core::{Error, ErrorKind, Fence, NpOffload, Result};
 
@@ -14,7 +14,16 @@ use super::mutant::{Bug, Part};
 #[async_trait]
 impl NpOffload for Part {
     async fn programs(&self) -> Result<Vec<ProgramInfo>> {
-        self.inner_offload().programs().await
+        let mut programs = self.inner_offload().programs().await?;
+        if self.has(Bug::StopsTheOldProgramOnAFault) && self.busy.load(Ordering::Relaxed) {
+            for info in programs
+                .iter_mut()
+                .filter(|info| info.state == ProgramState::Running)
+            {
+                info.state = ProgramState::Loaded;
+            }
+        }
+        Ok(programs)
     }
 
     async fn load(&self, fence: Fence, slot: Slot, program: &Program) -> Result<ProgramInfo> {
@@ -26,7 +35,9 @@ impl NpOffload for Part {
         if self.has(Bug::RunsTheOldProgram) && before > 0 {
             return Ok(());
         }
-        self.inner_offload().activate(self.fence(fence), slot).await
+        let answer = self.inner_offload().activate(self.fence(fence), slot).await;
+        self.busy.store(answer.is_err(), Ordering::Relaxed);
+        answer
     }
 
     async fn unload(&self, fence: Fence, slot: Slot) -> Result<()> {
@@ -55,6 +66,13 @@ impl NpOffload for Part {
 
     async fn read(&self, table: TableId) -> Result<Vec<TableEntry>> {
         let mut entries = self.inner_offload().read(table).await?;
+        if self.has(Bug::ForgetsMeters) {
+            let tables = self.inner_offload().tables().await?;
+            let is_meter = |info: &TableInfo| info.id == table && info.kind == TableKind::Meter;
+            if tables.iter().any(is_meter) {
+                entries.clear();
+            }
+        }
         if self.has(Bug::ReadsInReverse) {
             entries.reverse();
         }
@@ -63,15 +81,32 @@ impl NpOffload for Part {
 
     async fn offload_connection(&self, fence: Fence, connection: &Connection) -> Result<ConnectionToken> {
         let fence = self.fence(fence);
-        self.inner_offload().offload_connection(fence, connection).await
+        let token = self.inner_offload().offload_connection(fence, connection).await?;
+        if self.has(Bug::ResumesWhatWasLost) {
+            let state = ConnectionState {
+                connection: connection.clone(),
+                octets_up: 0,
+                octets_down: 0,
+            };
+            *self.resumed.lock().expect("no panic under the lock") = Some(state);
+        }
+        Ok(token)
     }
 
     async fn resume(&self, fence: Fence, token: ConnectionToken) -> Result<ConnectionState> {
         let answer = self.inner_offload().resume(self.fence(fence), token).await;
         let mut resumed = self.resumed.lock().expect("no panic under the lock");
         match answer {
-            Ok(state) => Ok(resumed.insert(state).clone()),
-            Err(error) => match resumed.clone().filter(|_| self.has(Bug::ResumesATokenTwice)) {
+            Ok(mut state) => {
+                if self.has(Bug::ForgetsWhatItPassed) {
+                    (state.octets_up, state.octets_down) = (0, 0);
+                }
+                Ok(resumed.insert(state).clone())
+            }
+            Err(error) => match resumed
+                .clone()
+                .filter(|_| matches!(self.bug, Bug::ResumesATokenTwice | Bug::ResumesWhatWasLost))
+            {
                 Some(state) => Ok(state),
                 None => Err(error),
             },
@@ -79,6 +114,10 @@ impl NpOffload for Part {
     }
 
     async fn stats(&self) -> Result<OffloadStats> {
-        self.inner_offload().stats().await
+        let mut stats = self.inner_offload().stats().await?;
+        if self.has(Bug::CountsNoConnections) {
+            stats.connections_total = 0;
+        }
+        Ok(stats)
     }
 }

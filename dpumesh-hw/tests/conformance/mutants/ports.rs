@@ -39,6 +39,10 @@ impl PortIo for MutantPort {
 
     fn receive(&mut self, frames: &mut [Frame]) -> Result<usize> {
         let count = self.inner.receive(frames)?;
+        if self.bug == Bug::LosesFramesAtAnError && count == 3 {
+            let failed = self.inner.receive(frames).err();
+            return failed.map_or(Ok(count), Err);
+        }
         match self.bug {
             Bug::ReceivesInReverse => frames[..count].reverse(),
             Bug::LeavesFramesAsTheyWere => frames[..count].iter_mut().for_each(|frame| frame.mark = 77),

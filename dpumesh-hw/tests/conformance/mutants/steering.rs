@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use dpumesh_core::steering::{
-    Atomicity, Batch, BatchOutcome, Change, Cookie, Counters, InstalledRule, MissPolicy, Occupancy,
-    Operation, Owner, Placement, Priority, SteeringRule, Undone, Verdict,
+    Action, Atomicity, Batch, BatchOutcome, Change, Cookie, Counters, InstalledRule, MissPolicy, Occupancy,
+    Operation, Owner, Placement, PlacementRequest, Priority, SteeringRule, Undone, Verdict,
 };
-use dpumesh_core::{Error, ErrorKind, Fence, FlowSteering, FlowSteeringExt, PortRef, Result};
+use dpumesh_core::{Effect, Error, ErrorKind, Fence, FlowSteering, FlowSteeringExt, PortRef, Result};
 
 use super::mutant::{Bug, Part};
 
@@ -49,11 +49,30 @@ impl FlowSteering for Part {
             }
             Bug::RollsBackInWordsOnly | Bug::TakesAnyAtomicity => batch.atomicity = Atomicity::Continue,
             Bug::StopsAtTheFirstFailure => return self.stop_at_failure(fence, &batch).await,
+            Bug::SplitsAtomicBatches | Bug::RemovesBeforeItAdds => {
+                return self.one_by_one(fence, &batch).await;
+            }
+            Bug::SaysHardwareAndDoesNothing => return self.nothing_in_hardware(fence, &batch).await,
+            Bug::SaysHardwareAndUsesSoftware | Bug::ForgetsMarks => {
+                for operation in &mut batch.operations {
+                    if let Operation::Add(rule) = operation {
+                        *rule = self.weaker(rule);
+                    }
+                }
+            }
+            Bug::SaysUndoneWhatWasDone => batch.atomicity = Atomicity::Continue,
             _ => {}
         }
         let mut outcome = self.inner_steering().apply(fence, &batch).await?;
         for (operation, result) in batch.operations.iter().zip(&mut outcome.results) {
             self.spoil(fence, operation, result).await?;
+        }
+        let failed = outcome.results.iter().any(Result::is_err);
+        if self.has(Bug::SaysUndoneWhatWasDone) && failed {
+            outcome = outcome.undone(Undone::All);
+        }
+        if self.has(Bug::ListsTheFormerLife) {
+            self.remember(&batch);
         }
         if self.has(Bug::RollsBackInWordsOnly) && outcome.results.iter().any(Result::is_err) {
             for result in outcome.results.iter_mut().filter(|result| result.is_ok()) {
@@ -72,6 +91,29 @@ impl FlowSteering for Part {
                 rules.extend(self.inner_steering().list(Owner::User(7)).await?);
             }
             Bug::ListsInReverse => rules.reverse(),
+            Bug::ListsAnotherPlace => {
+                for installed in &mut rules {
+                    installed.placement = Placement::Software("it is slow today".to_owned());
+                }
+            }
+            Bug::SaysHardwareAndUsesSoftware => {
+                for installed in &mut rules {
+                    installed.placement = Placement::Hardware;
+                }
+            }
+            Bug::SaysHardwareAndDoesNothing | Bug::ListsTheFormerLife => {
+                let remembered = self.rules.lock().expect("no panic under the lock").clone();
+                let missing = remembered
+                    .into_iter()
+                    .filter(|rule| rule.owner == owner)
+                    .filter(|rule| rules.iter().all(|each| each.rule.cookie != rule.cookie))
+                    .collect::<Vec<_>>();
+                let missing = missing
+                    .into_iter()
+                    .map(|rule| InstalledRule::new(rule, Placement::Hardware));
+                rules.extend(missing);
+                rules.sort_by_key(|each| (each.rule.group, each.rule.priority, each.rule.cookie));
+            }
             Bug::InvertsPriorities => {
                 for installed in &mut rules {
                     installed.rule = inverted(&installed.rule);
@@ -92,6 +134,34 @@ impl FlowSteering for Part {
                     counters.packets = 100_u64.saturating_sub(call);
                 }
             }
+            Bug::CountsNothingInHardware => {
+                for counters in all.iter_mut().flatten() {
+                    (counters.packets, counters.octets) = (0, 0);
+                }
+            }
+            Bug::ServesOldCounters => {
+                let call = self.calls.fetch_add(1, Ordering::Relaxed);
+                let mut kept = self.counters.lock().expect("no panic under the lock");
+                for (cookie, counters) in cookies.iter().zip(&mut all) {
+                    let Some(counters) = counters else { continue };
+                    if call.is_multiple_of(2) {
+                        kept.insert(*cookie, *counters);
+                    }
+                    *counters = kept.get(cookie).copied().unwrap_or(*counters);
+                }
+            }
+            Bug::CarriesCountersOver => {
+                let mut kept = self.counters.lock().expect("no panic under the lock");
+                for (cookie, counters) in cookies.iter().zip(&mut all) {
+                    let Some(counters) = counters else { continue };
+                    let former = kept.entry(*cookie).or_insert(*counters);
+                    if former.epoch == counters.epoch {
+                        *former = *counters;
+                    } else {
+                        counters.packets += former.packets;
+                    }
+                }
+            }
             Bug::CountsFcsToo => {
                 for counters in all.iter_mut().flatten() {
                     counters.octets += 4 * counters.packets;
@@ -107,7 +177,10 @@ impl FlowSteering for Part {
         if self.has(Bug::FlushesEverybodysRules) {
             self.inner_steering().flush(fence, Owner::User(7)).await?;
         }
-        self.inner_steering().flush(fence, owner).await
+        match self.inner_steering().flush(fence, owner).await {
+            Err(_) if self.has(Bug::HidesAFailedFlush) => Ok(5),
+            answer => answer,
+        }
     }
 
     async fn set_miss_policy(&self, fence: Fence, port: PortRef, policy: MissPolicy) -> Result<()> {
@@ -141,6 +214,63 @@ impl Part {
         Ok(BatchOutcome::new(results))
     }
 
+    /// Each operation alone, with time for frames in between.
+    async fn one_by_one(&self, fence: Fence, batch: &Batch) -> Result<BatchOutcome> {
+        let mut order: Vec<usize> = (0..batch.operations.len()).collect();
+        if self.has(Bug::RemovesBeforeItAdds) {
+            order.reverse();
+        }
+        let mut results: Vec<Result<Change>> = vec![Ok(Change::Skipped); order.len()];
+        for index in order {
+            let single = Batch::new(vec![batch.operations[index].clone()]);
+            let done = self.inner_steering().apply(fence, &single).await?.results;
+            results[index] = done.into_iter().next().expect("one operation, one result");
+            tokio::task::yield_now().await;
+        }
+        Ok(BatchOutcome::new(results))
+    }
+
+    /// Installs nothing that has to be in hardware, and says it did.
+    async fn nothing_in_hardware(&self, fence: Fence, batch: &Batch) -> Result<BatchOutcome> {
+        let mut results = Vec::new();
+        for operation in &batch.operations {
+            match operation {
+                Operation::Add(rule) if rule.placement == PlacementRequest::Hardware => {
+                    self.rules
+                        .lock()
+                        .expect("no panic under the lock")
+                        .push(rule.clone());
+                    results.push(Ok(Change::Added(Placement::Hardware)));
+                }
+                operation => {
+                    let single = Batch::new(vec![operation.clone()]);
+                    results.extend(self.inner_steering().apply(fence, &single).await?.results);
+                }
+            }
+        }
+        Ok(BatchOutcome::new(results))
+    }
+
+    /// The rule as it is really installed.
+    fn weaker(&self, rule: &SteeringRule) -> SteeringRule {
+        let mut rule = rule.clone();
+        match self.bug {
+            Bug::ForgetsMarks => rule.actions.retain(|action| !matches!(action, Action::Mark(_))),
+            _ => rule.placement = PlacementRequest::Software,
+        }
+        rule
+    }
+
+    fn remember(&self, batch: &Batch) {
+        let mut rules = self.rules.lock().expect("no panic under the lock");
+        for operation in &batch.operations {
+            match operation {
+                Operation::Add(rule) => rules.push(rule.clone()),
+                Operation::Remove { cookie, .. } => rules.retain(|rule| rule.cookie != *cookie),
+            }
+        }
+    }
+
     /// What a bug makes of one operation's result.
     async fn spoil(&self, fence: Fence, operation: &Operation, result: &mut Result<Change>) -> Result<()> {
         let failed = result.as_ref().err().map(|error| error.kind);
@@ -153,6 +283,15 @@ impl Part {
                     .remove(fence, rule.owner, rule.cookie)
                     .await?;
                 *result = self.inner_steering().add(fence, rule.clone()).await;
+            }
+            (Bug::SaysHardwareAndUsesSoftware, _, None) if matches!(result, Ok(Change::Added(_))) => {
+                *result = Ok(Change::Added(Placement::Hardware));
+            }
+            (Bug::SaysDoneWhatFailed, Operation::Add(_), Some(ErrorKind::Io)) => {
+                *result = Ok(Change::Added(Placement::Hardware));
+            }
+            (Bug::MarksEveryFailureUnknown, _, Some(ErrorKind::Io)) => {
+                *result = result.clone().map_err(|error| error.effect(Effect::Unknown));
             }
             (Bug::LosesFinalCounters, _, None) if matches!(result, Ok(Change::Removed(_))) => {
                 *result = Ok(Change::Removed(None));

@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use dpumesh_core::vf::{
-    AttachedVf, Attachment, Disruption, LeaseOwner, Released, ResetLevel, VfConfig, VfCount, VfLease,
-    VfRequest, VfState,
+    AttachedVf, Attachment, Disruption, LeaseOwner, Released, ResetLevel, TeardownErrors, VfConfig, VfCount,
+    VfLease, VfLocation, VfRequest, VfState,
 };
-use dpumesh_core::{Error, ErrorKind, Fence, PfIndex, PortRef, Result, VfAllocator};
+use dpumesh_core::{Error, ErrorKind, Fence, MacAddr, PfIndex, PortRef, Result, VfAllocator};
 
 use super::mutant::{Bug, Part};
 
@@ -18,7 +18,11 @@ impl VfAllocator for Part {
     }
 
     async fn set_vf_count(&self, fence: Fence, pf: PfIndex, count: u16) -> Result<VfCount> {
-        self.inner_vf().set_vf_count(self.fence(fence), pf, count).await
+        let mut answer = self.inner_vf().set_vf_count(self.fence(fence), pf, count).await?;
+        if self.has(Bug::PromisesEveryVf) {
+            answer.actual = count;
+        }
+        Ok(answer)
     }
 
     async fn list(&self) -> Result<Vec<VfState>> {
@@ -29,6 +33,9 @@ impl VfAllocator for Part {
                 (Bug::ListsNoLeases, _) => state.lease = None,
                 (Bug::ForgetsToRestoreTheMac, Some((port, mac))) if port == state.port => {
                     state.admin_mac = mac
+                }
+                (Bug::SetsOnlyTheAdministrativeMac, Some((port, _))) if port == state.port => {
+                    state.effective_mac = MacAddr([2, 0, 0, 0, 0, 0xee]);
                 }
                 _ => {}
             }
@@ -64,6 +71,7 @@ impl VfAllocator for Part {
     }
 
     async fn configure(&self, fence: Fence, lease: &VfLease, config: &VfConfig) -> Result<()> {
+        self.linger("vf.configure").await?;
         let fence = self.fence(fence);
         if let Some(mac) = config.mac {
             *self.mac.lock().expect("no panic under the lock") = Some((lease.port, mac));
@@ -87,7 +95,14 @@ impl VfAllocator for Part {
     }
 
     async fn attach(&self, fence: Fence, lease: &VfLease, attachment: &Attachment) -> Result<AttachedVf> {
-        self.inner_vf().attach(self.fence(fence), lease, attachment).await
+        self.linger("vf.attach").await?;
+        let attached = self
+            .inner_vf()
+            .attach(self.fence(fence), lease, attachment)
+            .await?;
+        self.detached.store(0, Ordering::Relaxed);
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(attached)
     }
 
     async fn detach(&self, fence: Fence, lease: &VfLease) -> Result<()> {
@@ -99,8 +114,16 @@ impl VfAllocator for Part {
     }
 
     async fn release(&self, fence: Fence, lease: &VfLease, level: ResetLevel) -> Result<Released> {
+        self.linger("vf.release").await?;
         let fence = self.fence(fence);
         let mut lease = lease.clone();
+        if self.has(Bug::NeedsTheNamespaceToRelease) && self.calls.load(Ordering::Relaxed) > 0 {
+            let states = self.inner_vf().list().await?;
+            let state = states.into_iter().find(|state| state.port == lease.port);
+            if state.is_some_and(|state| state.location == VfLocation::Host) {
+                return Err(Error::new(ErrorKind::Io, "vf.release", "the namespace is gone"));
+            }
+        }
         if self.has(Bug::ReleasesByPortInsteadOfLease) {
             let states = self.inner_vf().list().await?;
             let current = states.into_iter().filter_map(|state| state.lease);
@@ -115,7 +138,22 @@ impl VfAllocator for Part {
                 .reclaim(fence, lease.port, &[], ResetLevel::Device)
                 .await?;
         }
-        answer
+        let kept = *self.mac.lock().expect("no panic under the lock");
+        match (self.bug, answer) {
+            (Bug::GivesUpAtTheFirstStep, Err(error)) => {
+                let config = VfConfig {
+                    mac: kept.map(|(_, mac)| mac),
+                    ..VfConfig::default()
+                };
+                self.inner_vf().configure(fence, &lease, &config).await?;
+                Err(error)
+            }
+            (Bug::TellsOnlyTheFirstFailure, Err(error)) => {
+                let first = Error::new(ErrorKind::Io, "vf.release", "the VF does not move");
+                Err(error.source(TeardownErrors(vec![first])))
+            }
+            (_, answer) => answer,
+        }
     }
 
     async fn reclaim(
