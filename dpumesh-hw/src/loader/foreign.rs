@@ -291,6 +291,7 @@ impl Backend for Foreign {
         Box::new(Stream {
             driver: Arc::downgrade(self.driver()),
             queue: self.hub.subscribe(),
+            since: self.epoch(),
         })
     }
 }
@@ -300,6 +301,20 @@ impl Backend for Foreign {
 struct Stream {
     driver: Weak<Driver>,
     queue: HubStream,
+    /// The card's life when it began.
+    since: Epoch,
+}
+
+impl Stream {
+    /// True for what was over before the subscription began: a library whose backend has to look at its card for what
+    /// happened hands it over late.
+    fn is_past(&self, event: &Event) -> bool {
+        match event {
+            Event::Lost { epoch } => *epoch < self.since,
+            Event::Back { epoch } => *epoch <= self.since,
+            _ => false,
+        }
+    }
 }
 
 #[async_trait]
@@ -309,7 +324,12 @@ impl EventStream for Stream {
         if let Some(driver) = self.driver.upgrade() {
             driver.pump_events();
         }
-        self.queue.next().await
+        loop {
+            match self.queue.next().await {
+                Some(event) if self.is_past(&event) => {}
+                event => return event,
+            }
+        }
     }
 }
 
