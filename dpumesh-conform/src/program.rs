@@ -20,7 +20,7 @@ use dpumesh_hw::conformance::{
 };
 use dpumesh_hw::netns::ensure_privilege;
 
-use crate::fixtures::{Choice, NoFixture, VARIANTS, expectations};
+use crate::fixtures::{Choice, NoFixture, VARIANTS, Variant, expectations};
 use crate::watch::Watch;
 
 /// Arguments of `dpumesh-conform`.
@@ -104,8 +104,11 @@ built in, others by --expect); 2 could not run.
 Variants:
 "
     .to_owned();
-    for (choice, name, about) in VARIANTS {
-        help += &format!("  {:<8} {name:<24} {about}\n", choice.to_string());
+    for Variant {
+        backend, name, about, ..
+    } in VARIANTS
+    {
+        help += &format!("  {backend:<8} {name:<24} {about}\n");
     }
     help
 }

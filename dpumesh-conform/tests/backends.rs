@@ -2,36 +2,46 @@
 
 mod expected;
 
-use dpumesh_conform::fixtures::Choice;
+use dpumesh_conform::fixtures::VARIANTS;
 
 use expected::check;
 
-async fn keeps_the_contract(choice: Choice, variant: &str) {
-    let fixture = choice.fixture(Some(variant), serde_json::json!({}));
-    check(fixture.expect("made")).await;
+async fn keeps_the_contract(variant: &str) {
+    let variant = VARIANTS.iter().find(|each| each.name == variant);
+    check(variant.expect("a variant").fixture().expect("made")).await;
 }
 
 #[tokio::test]
 async fn memory_keeps_the_contract() {
-    keeps_the_contract(Choice::Memory, "memory").await;
+    keeps_the_contract("memory").await;
 }
 
 #[tokio::test]
 async fn memory_in_two_halves_keeps_the_contract() {
-    keeps_the_contract(Choice::Memory, "memory-halves").await;
+    keeps_the_contract("memory-halves").await;
 }
 
 #[tokio::test]
 async fn memory_behind_the_c_interface_keeps_the_contract() {
-    keeps_the_contract(Choice::Memory, "memory-abi").await;
+    keeps_the_contract("memory-abi").await;
 }
 
 #[tokio::test]
 async fn two_halves_behind_the_c_interface_keep_the_contract() {
-    keeps_the_contract(Choice::Memory, "memory-halves-abi").await;
+    keeps_the_contract("memory-halves-abi").await;
 }
 
 #[tokio::test]
 async fn fake_cards_like_igb_keep_the_contract() {
-    keeps_the_contract(Choice::Sriov, "igb").await;
+    keeps_the_contract("igb").await;
+}
+
+#[tokio::test]
+async fn fake_cards_like_igb_behind_the_c_interface_keep_the_contract() {
+    keeps_the_contract("igb-abi").await;
+}
+
+#[tokio::test]
+async fn fake_cards_like_mlx5_keep_the_contract() {
+    keeps_the_contract("mlx5").await;
 }

@@ -4,7 +4,7 @@ mod expected;
 
 use std::process::ExitCode;
 
-use dpumesh_conform::fixtures::Choice;
+use dpumesh_conform::fixtures::VARIANTS;
 use dpumesh_hw::netns::testing::{self, Case, RunAs};
 use dpumesh_tap::VfKind;
 
@@ -42,9 +42,8 @@ fn with_tap(variant: &str) {
 }
 
 fn keeps_the_contract(variant: &str) {
-    let fixture = Choice::Tap
-        .fixture(Some(variant), serde_json::json!({}))
-        .expect("a fixture");
+    let variant = VARIANTS.iter().find(|each| each.name == variant);
+    let fixture = variant.expect("a variant").fixture().expect("a fixture");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

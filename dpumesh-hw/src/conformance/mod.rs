@@ -9,8 +9,8 @@
 //!                      ├── sabotage    VFs that cannot be moved, or are where nobody put them
 //!                      ├── disturb     what else happens to a card: no carrier, a broken table, fewer VFs
 //!                      └── programs    images that the network processor takes
-//! run: for each case: needs met? ─no─► NotSupported (counted)
-//!                        └─yes─► fresh rig, own thread, deadline ─► Passed | Failed ─► Report ◄─ Expectations
+//! run: a rig to look at: each case: needs met? ─no─► NotSupported (counted)
+//!                                       └─yes─► fresh rig, own thread, deadline ─► Passed | Failed ─► Report ◄─ Expectations
 //! ```
 //!
 //! A backend brings a [`Fixture`]. Each case gets a [`Rig`] of its own: a fresh card that nobody else uses. The case is a

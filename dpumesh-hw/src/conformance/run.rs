@@ -1,6 +1,8 @@
-//! [`run`]: the walk over the cases, one thread, one fresh rig and one deadline each.
+//! [`run`]: the walk over the cases, one thread, one fresh rig and one deadline each. What no card of the fixture can show
+//! is found out before, on one card for all cases.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,13 +33,14 @@ pub async fn run_watched(
 ) -> Report {
     let expectations = fixture.expectations();
     let mut entries = Vec::new();
+    let mut lacking = lacking(&fixture, filter, deadline).await;
     for case in CASES.iter().filter(|case| case.is_selected_by(filter)) {
         let begun = Instant::now();
-        let outcome = judge(
-            case.name,
-            run_case(&fixture, *case, deadline).await,
-            &expectations,
-        );
+        let result = match lacking.remove(case.name) {
+            Some(halt) => Err(halt),
+            None => run_case(&fixture, *case, deadline).await,
+        };
+        let outcome = judge(case.name, result, &expectations);
         let entry = Entry {
             part: case.part.to_owned(),
             case: case.name.to_owned(),
@@ -67,13 +70,50 @@ fn judge(case: &str, result: CaseResult, expectations: &Expectations) -> Outcome
     }
 }
 
+/// The cases that this fixture's cards cannot show, and what each is in want of, looked up on one card for all of them:
+/// making a card may take longer than a case. Without a card to look at it is empty, and each case says why.
+async fn lacking(
+    fixture: &Arc<dyn Fixture>,
+    filter: &str,
+    deadline: Duration,
+) -> HashMap<&'static str, Halt> {
+    let (fixture, filter) = (Arc::clone(fixture), filter.to_owned());
+    let look = supervised("needs", deadline, move || {
+        on_this_thread(deadline, async {
+            let rig = fixture.open().await?;
+            let mut lacking = HashMap::new();
+            for case in CASES.iter().filter(|case| case.is_selected_by(&filter)) {
+                if let Err(halt @ Halt::NotSupported { .. }) = case.check_needs(&*rig).await {
+                    lacking.insert(case.name, halt);
+                }
+            }
+            Ok(lacking)
+        })
+    });
+    look.await.unwrap_or_default()
+}
+
 async fn run_case(fixture: &Arc<dyn Fixture>, case: Case, deadline: Duration) -> CaseResult {
-    let (sender, answer) = oneshot::channel();
     let fixture = Arc::clone(fixture);
-    let spawned = thread::Builder::new().name(case.name.to_owned()).spawn(move || {
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            on_this_thread(&*fixture, case, deadline)
-        }));
+    let run = move || {
+        on_this_thread(deadline, async {
+            let rig = fixture.open().await?;
+            case.check_needs(&*rig).await?;
+            (case.run)(&*rig).await
+        })
+    };
+    supervised(case.name, deadline, run).await
+}
+
+/// Work on a thread of its own, for at most `deadline`, whatever it does there.
+async fn supervised<T: Send + 'static>(
+    name: &str,
+    deadline: Duration,
+    work: impl FnOnce() -> Result<T, Halt> + Send + 'static,
+) -> Result<T, Halt> {
+    let (sender, answer) = oneshot::channel();
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         let result = caught
             .unwrap_or_else(|payload| Err(Halt::Failed(format!("panicked: {}", panic_text(&*payload)))));
         let _ = sender.send(result); // nobody listens any more after the deadline
@@ -94,18 +134,13 @@ async fn run_case(fixture: &Arc<dyn Fixture>, case: Case, deadline: Duration) ->
     }
 }
 
-fn on_this_thread(fixture: &dyn Fixture, case: Case, deadline: Duration) -> CaseResult {
+fn on_this_thread<T>(deadline: Duration, work: impl Future<Output = Result<T, Halt>>) -> Result<T, Halt> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Halt::Failed(format!("no runtime to run on: {error}")))?;
     runtime.block_on(async {
-        let whole = async {
-            let rig = fixture.open().await?;
-            case.check_needs(&*rig).await?;
-            (case.run)(&*rig).await
-        };
-        tokio::time::timeout(deadline, whole)
+        tokio::time::timeout(deadline, work)
             .await
             .unwrap_or_else(|_| Err(Halt::Failed(format!("not done after {deadline:?}"))))
     })
