@@ -32,7 +32,7 @@ use crate::watch::Watch;
     after_help = after_help(),
 )]
 pub struct Args {
-    /// What to prove: memory, tap, sriov, or the path of a library with the C interface (include/dpumesh.h)
+    /// What to prove: memory, tap, sriov, yusur, or the path of a library with the C interface (include/dpumesh.h)
     #[arg(short, long, value_name = "BACKEND", required_unless_present_any = ["completions", "list"])]
     pub backend: Option<Choice>,
     /// Which of the backend's fixtures; see below

@@ -45,3 +45,23 @@ async fn fake_cards_like_igb_behind_the_c_interface_keep_the_contract() {
 async fn fake_cards_like_mlx5_keep_the_contract() {
     keeps_the_contract("mlx5").await;
 }
+
+#[tokio::test]
+async fn simulated_yusur_cards_keep_the_contract() {
+    keeps_the_contract("yusur").await;
+}
+
+#[tokio::test]
+async fn simulated_yusur_cards_behind_the_c_interface_keep_the_contract() {
+    keeps_the_contract("yusur-abi").await;
+}
+
+#[tokio::test]
+async fn small_slow_yusur_cards_keep_the_contract() {
+    keeps_the_contract("yusur-small").await;
+}
+
+#[tokio::test]
+async fn yusur_cards_in_legacy_mode_keep_the_contract() {
+    keeps_the_contract("yusur-legacy").await;
+}
