@@ -1662,6 +1662,9 @@ typedef struct dm_event {
 // `poll`, `next_event` and `cancel` are quick and may be called from any thread at any time; `port_receive` and
 // `port_transmit` of one port come from one thread at a time, which need not be that of the control calls.
 //
+// A caller gives every call a deadline, quick ones and frames included. One that has not returned by then fails the card: it is
+// told as ill, and nothing is called any more until that call returns. `close` is then not waited for.
+//
 // Functions of a part (`vf_`, `steering_`, `offload_`, `port_`) are all there, or all null; which parts an open card has,
 // `dm_capabilities.parts` tells. What each function has to do is told at the trait of the same name in the documentation of `dpumesh-core`.
 typedef struct dm_ops {

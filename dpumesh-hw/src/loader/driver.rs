@@ -8,8 +8,17 @@
 //!
 //! An [`Exchange`] owns all memory of a call and stays on the heap until the library is done with it, whatever the caller does
 //! meanwhile: a future that is dropped, or whose deadline passed, leaves its exchange behind. With [`Calls::Guarded`] a thread of
-//! the library's own makes the calls; when it does not come back within the deadline, the caller gets `Timeout`, and who calls
-//! after that gets `Abi` at once, until it comes back.
+//! the library's own makes the control calls, and their callers get `Timeout` after the deadline.
+//!
+//! # A library that hangs
+//! No call may block for the deadline, whichever thread makes it. When one does, the card is failed: an [`Event::Health`] names
+//! the function, and every further call is refused with `Abi` at once, without entering the library; `epoch` and
+//! `capabilities` answer what was last known. It is not failed any more, and says so by another event, when that call has
+//! come back. Callers on a thread of their own ([`super::watch`] sees them: frames, the quick calls, [`Calls::Inline`]) cannot
+//! be freed from a function that never returns; those behind [`Calls::Guarded`] are.
+//!
+//! Closing waits for the library's `close` for [`CLOSING`] or the deadline, whichever is less, and for a failed card not at all: its
+//! threads are left behind, and close the card should they ever come back. It is never closed while somebody is inside.
 //!
 //! # Why no process of its own
 //! A library in another process could be killed. The same operations would go over a socket: every struct here has a size, points
@@ -21,7 +30,8 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use dpumesh_core::{Effect, Error, ErrorKind, Event, Fence, Result};
@@ -33,7 +43,13 @@ use super::Calls;
 use super::abi::*;
 use super::arena::{Arena, Broken, Reader, Rows, Sized32};
 use super::codec::{get_error, get_event};
+use super::watch::{Operation, Watch};
 use crate::events::EventHub;
+
+/// How long closing waits for a library.
+const CLOSING: Duration = Duration::from_secs(1);
+/// How long nobody looks after a hang, at most: for the events of a card with a long deadline.
+const LOOKS: Duration = Duration::from_secs(1);
 
 /// One open card of a library, and the calls in flight.
 pub(super) struct Driver {
@@ -47,8 +63,14 @@ pub(super) struct Driver {
     jobs: Mutex<VecDeque<Job>>,
     wake: EventFd,
     inside: Mutex<Option<(&'static str, Instant)>>,
-    /// A caller's deadline passed while the thread was inside a function, where it still is.
-    stuck: AtomicBool,
+    pub(super) watch: Watch,
+    watcher: OnceLock<Thread>,
+    /// A call hangs: nobody else enters.
+    failed: AtomicBool,
+    /// Which call, and since when.
+    failure: Mutex<Option<(&'static str, Instant)>>,
+    /// The last epoch that the library told.
+    epoch: AtomicU64,
     closing: AtomicBool,
     closed: (Mutex<bool>, Condvar),
     hub: Weak<EventHub>,
@@ -163,7 +185,11 @@ impl Driver {
             jobs: Mutex::default(),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             inside: Mutex::default(),
-            stuck: AtomicBool::new(false),
+            watch: Watch::default(),
+            watcher: OnceLock::new(),
+            failed: AtomicBool::new(false),
+            failure: Mutex::default(),
+            epoch: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             closed: (Mutex::new(false), Condvar::new()),
             hub: Arc::downgrade(hub),
@@ -184,9 +210,12 @@ impl Driver {
         // No card lives so long; and a fence must never pass for none.
         exchange.call.epoch = fence.map_or(DM_NO_FENCE, |fence| fence.0.0.min(DM_NO_FENCE - 1));
         let (sender, answer) = oneshot::channel();
+        self.refuse_if_failed(operation)?;
         match self.calls {
             Calls::Inline => {
+                let inside = self.watch.enter(Operation::named(operation));
                 let status = exchange.enter(self, enter);
+                drop(inside);
                 if status != DM_PENDING {
                     return self.finish(operation, fence, status, exchange);
                 }
@@ -196,7 +225,6 @@ impl Driver {
                 );
             }
             Calls::Guarded => {
-                self.refuse_if_stuck(operation)?;
                 let run = move |driver: &Self| {
                     if sender.is_closed() {
                         return; // nobody waits any more, and nothing was begun
@@ -226,30 +254,26 @@ impl Driver {
             waiting.token = None;
             return self.finish(operation, fence, status, exchange);
         }
-        drop(waiting);
         let effect = if fence.is_some() {
             Effect::Unknown
         } else {
             Effect::None
         };
-        Err(self.inside().map_or_else(
-            || {
-                let message = format!("the library has not completed the call for {:?}", self.deadline);
-                Error::new(ErrorKind::Timeout, operation, message)
-                    .backend(self.name.clone())
-                    .effect(effect)
-            },
-            |(stuck, since)| {
-                self.stuck.store(true, Ordering::Release);
-                let message = format!(
+        // A thread that has been inside for most of the deadline is why; one that came there late has much to do.
+        let message = match self.inside() {
+            Some((stuck, since)) if since.elapsed() >= self.deadline / 2 => {
+                self.fail(stuck, since);
+                format!(
                     "the library has not returned from `{stuck}` for {:?}: it blocks, which no call may",
                     since.elapsed()
-                );
-                Error::new(ErrorKind::Timeout, operation, message)
-                    .backend(self.name.clone())
-                    .effect(effect)
-            },
-        ))
+                )
+            }
+            _ => format!("the library has not completed the call for {:?}", self.deadline),
+        };
+        drop(waiting);
+        Err(Error::new(ErrorKind::Timeout, operation, message)
+            .backend(self.name.clone())
+            .effect(effect))
     }
 
     fn finish<I, O>(
@@ -318,26 +342,132 @@ impl Driver {
         *locked(&self.inside)
     }
 
-    fn refuse_if_stuck(&self, operation: &'static str) -> Result<()> {
-        match self.inside() {
-            Some((stuck, since)) if self.stuck.load(Ordering::Acquire) => {
-                let message = format!(
-                    "the library has not returned from `{stuck}` for {:?}",
-                    since.elapsed()
-                );
-                Err(Error::new(ErrorKind::Abi, operation, message).backend(self.name.clone()))
-            }
-            _ => Ok(()),
+    /// Refuses a call while another one hangs. Costs one load.
+    #[inline]
+    pub(super) fn refuse_if_failed(&self, operation: &'static str) -> Result<()> {
+        if !self.has_failed() {
+            return Ok(());
         }
+        Err(self.refusal(operation))
+    }
+
+    /// A call hangs, and nobody may enter.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    #[cold]
+    fn refusal(&self, operation: &'static str) -> Error {
+        let message = match *locked(&self.failure) {
+            Some((stuck, since)) => format!(
+                "the library has not returned from `{stuck}` for {:?}: the card is failed until it does",
+                since.elapsed()
+            ),
+            None => "the library hung a moment ago".to_owned(),
+        };
+        Error::new(ErrorKind::Abi, operation, message).backend(self.name.clone())
+    }
+
+    /// From here on everybody is refused.
+    fn fail(&self, stuck: &'static str, since: Instant) {
+        if self.failed.load(Ordering::Relaxed) {
+            return;
+        }
+        *locked(&self.failure) = Some((stuck, since));
+        if self.failed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let error = self.refusal(stuck);
+        tracing::error!(backend = self.name, %error, "a library hangs");
+        self.raise(&Event::Health(Some(error)));
+    }
+
+    /// Nobody hangs any more.
+    fn heal(&self) {
+        if !self.failed.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        tracing::warn!(backend = self.name, "the library that hung has come back");
+        self.raise(&Event::Health(None));
+        self.wake(); // what it has to tell was not asked for meanwhile
+    }
+
+    fn raise(&self, event: &Event) {
+        if let Some(hub) = self.hub.upgrade() {
+            hub.raise(event);
+        }
+    }
+
+    /// Looks whether a call hangs, or hangs no more. A failed card must be free of calls of half the deadline to be used again.
+    fn look(&self) {
+        let now = Instant::now();
+        let patience = if self.has_failed() {
+            self.deadline / 2
+        } else {
+            self.deadline
+        };
+        let overdue = |since: &Instant| now.saturating_duration_since(*since) >= patience;
+        let thread = self.inside().filter(|(_, since)| overdue(since));
+        let others = self.watch.look(now, patience);
+        match thread.or(others.map(|(operation, since)| (operation.name(), since))) {
+            Some((stuck, since)) => self.fail(stuck, since),
+            None => self.heal(),
+        }
+    }
+
+    /// Begins to look after calls that hang, until the card is closed.
+    pub(super) fn watch(self: &Arc<Self>) -> std::io::Result<()> {
+        let driver = Arc::downgrade(self);
+        let pause = (self.deadline / 4).clamp(Duration::from_millis(1), LOOKS);
+        let thread = std::thread::Builder::new().name("dpumesh-watch".to_owned());
+        let thread = thread.spawn(move || {
+            while let Some(driver) = driver.upgrade() {
+                if *locked(&driver.closed.0) {
+                    return;
+                }
+                driver.look();
+                drop(driver);
+                std::thread::park_timeout(pause);
+            }
+        })?;
+        let _ = self.watcher.set(thread.thread().clone()); // once per driver
+        Ok(())
+    }
+
+    /// The card's present life; the last one known while a call hangs.
+    pub(super) fn epoch(&self) -> u64 {
+        if !self.has_failed()
+            && let Some(epoch) = self.ops.epoch
+        {
+            let _inside = self.watch.enter(Operation::EPOCH);
+            // SAFETY: the handle is open.
+            let now = unsafe { epoch(self.handle) };
+            self.epoch.store(now, Ordering::Relaxed);
+        }
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    /// Closes an open port: at once, or by the library's thread when a call hangs.
+    pub(super) fn close_port(&self, port: u64) {
+        let Some(close) = self.ops.port_close else { return };
+        if self.has_failed() {
+            return self.push(Job {
+                operation: "ports.close",
+                // SAFETY: handle and port are open: jobs run before the card is closed, and this is the port's last use.
+                run: Box::new(move |driver| unsafe { close(driver.handle, port) }),
+            });
+        }
+        let _inside = self.watch.enter(Operation::CLOSE_PORT);
+        // SAFETY: handle and port are open, and this was the port's last use.
+        unsafe { close(self.handle, port) };
     }
 
     /// Runs calls, completions and events until the driver closes, then closes the card.
     pub(super) fn serve(&self) {
-        // SAFETY: mandatory function, checked; the handle is open.
-        let fd = self
-            .ops
-            .poll_fd
-            .map_or(-1, |poll_fd| unsafe { poll_fd(self.handle) });
+        let fd = self.ops.poll_fd.map_or(-1, |poll_fd| {
+            // SAFETY: mandatory function, checked; the handle is open.
+            self.enter_as("backend.poll_fd", || unsafe { poll_fd(self.handle) })
+        });
         // SAFETY: the library's, open until `close`, which this thread calls last.
         let fd = (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) });
         let (mut idle, mut since) = (0_u32, Instant::now());
@@ -358,22 +488,25 @@ impl Driver {
             }
         }
         *locked(&self.events) = None;
+        self.run_jobs(); // ports that were left to this thread
         self.enter_as("backend.close", || {
             if let Some(close) = self.ops.close {
                 // SAFETY: nobody holds the backend or a port of it any more.
                 unsafe { close(self.handle) };
             }
         });
-        locked(&self.jobs).clear();
         *locked(&self.closed.0) = true;
+        locked(&self.jobs).clear();
         self.closed.1.notify_all();
+        if let Some(watcher) = self.watcher.get() {
+            watcher.unpark();
+        }
     }
 
     fn enter_as<T>(&self, operation: &'static str, run: impl FnOnce() -> T) -> T {
         *locked(&self.inside) = Some((operation, Instant::now()));
         let value = run();
         *locked(&self.inside) = None;
-        self.stuck.store(false, Ordering::Release);
         value
     }
 
@@ -416,23 +549,59 @@ impl Driver {
         ends.len()
     }
 
+    /// Has the library's thread hand on the events so far, and waits for that, at most the deadline: who listens for events
+    /// learns that a library hangs, and must not hang in it himself.
+    pub(super) async fn ask_for_events(&self) {
+        let (sender, done) = oneshot::channel();
+        let run = move |driver: &Self| {
+            driver.pump_events();
+            let _ = sender.send(()); // nobody has to wait any more
+        };
+        if self.has_failed() || self.is_closing() {
+            return;
+        }
+        self.push(Job {
+            operation: "backend.events",
+            run: Box::new(run),
+        });
+        // Jobs are cleared after that is set.
+        if !*locked(&self.closed.0) {
+            let _ = tokio::time::timeout(self.deadline, done).await; // late is as good as never: the queue has what there is
+        }
+    }
+
     /// Hands on the library's events so far.
     pub(super) fn pump_events(&self) -> usize {
-        let mut room = locked(&self.events);
+        let Some(mut room) = self.events_room() else {
+            return 0;
+        };
         let Some(room) = &mut *room else { return 0 };
         let mut count = 0;
         while count < 4096
             && let Some(event) = self.next_event(room)
         {
             count += 1;
-            if let Some(hub) = self.hub.upgrade() {
-                hub.raise(&event);
-            }
+            self.raise(&event);
         }
         if count == 4096 {
             self.wake();
         }
         count
+    }
+
+    /// Room for an event, when whoever asks for events now is done: not if that one hangs.
+    fn events_room(&self) -> Option<MutexGuard<'_, Option<Box<[u128]>>>> {
+        loop {
+            if self.has_failed() {
+                return None;
+            }
+            match self.events.try_lock() {
+                Ok(room) => return Some(room),
+                Err(TryLockError::Poisoned(room)) => return Some(room.into_inner()),
+                // Short, since asking does not block; and should it do so, the card fails with the deadline.
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(50)),
+            }
+        }
     }
 
     fn next_event(&self, room: &mut Box<[u128]>) -> Option<Event> {
@@ -442,8 +611,11 @@ impl Driver {
             event.error = &raw mut error;
             arena.at = room.as_mut_ptr().cast();
             arena.capacity = size_of_val(&**room) as u64;
+            let inside = self.watch.enter(Operation::EVENTS);
             // SAFETY: the handle is open and all memory is ours.
-            match unsafe { next_event(self.handle, &raw mut event, &raw mut arena) } {
+            let status = unsafe { next_event(self.handle, &raw mut event, &raw mut arena) };
+            drop(inside);
+            match status {
                 DM_EMPTY => return None,
                 DM_DONE => {
                     let reader = Reader::within(arena.at, arena.capacity as usize);
@@ -475,17 +647,28 @@ impl Driver {
         self.wake();
     }
 
-    /// Ends the thread and with it the card, and waits a little for it.
+    /// Ends the thread and with it the card. Waits for it at most [`CLOSING`], and not at all when a call hangs.
     pub(super) fn close(&self) {
         self.close_soon();
+        if self.has_failed() {
+            return tracing::warn!(
+                backend = self.name,
+                "a library that hangs is left behind, its card open"
+            );
+        }
+        let patience = self.deadline.min(CLOSING);
         let closed = locked(&self.closed.0);
-        let _ = self
+        let waited = self
             .closed
             .1
-            .wait_timeout_while(closed, self.deadline.min(Duration::from_secs(5)), |closed| {
-                !*closed
-            })
+            .wait_timeout_while(closed, patience, |closed| !*closed)
             .unwrap_or_else(PoisonError::into_inner);
+        if waited.1.timed_out() {
+            tracing::warn!(
+                backend = self.name,
+                "a card takes its time to close: nobody waits for it"
+            );
+        }
     }
 }
 
@@ -497,7 +680,10 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if let (Some(token), Some(cancel)) = (self.token, self.driver.ops.cancel) {
+        if let (Some(token), Some(cancel)) = (self.token, self.driver.ops.cancel)
+            && !self.driver.has_failed()
+        {
+            let _inside = self.driver.watch.enter(Operation::CANCEL);
             // SAFETY: the handle is open: whoever waits holds the backend. An unknown token is ignored by contract.
             unsafe { cancel(self.driver.handle, token) };
         }

@@ -1,6 +1,7 @@
 //! [`Foreign`]: a card of a foreign library as a [`Backend`]. Each method puts its request, makes the call, gets the answer.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use async_trait::async_trait;
@@ -26,6 +27,7 @@ use super::abi::*;
 use super::arena::{Arena, Broken, Reader, Rows, Sized32};
 use super::codec::*;
 use super::driver::{Driver, Enter, Exchange, Listing};
+use super::watch::{Operation, Seat};
 use crate::events::{EventHub, HubStream};
 
 /// Octets for texts in an answer that has effects and so cannot be asked for again.
@@ -237,10 +239,14 @@ impl Backend for Foreign {
 
     fn capabilities(&self) -> Capabilities {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut raw = dm_capabilities::empty();
-        if let Some(capabilities) = self.driver().ops.capabilities {
+        let (driver, mut raw) = (self.driver(), dm_capabilities::empty());
+        if driver.has_failed() {
+            return last.clone();
+        }
+        if let Some(capabilities) = driver.ops.capabilities {
+            let _inside = driver.watch.enter(Operation::CAPABILITIES);
             // SAFETY: the handle is open and the room is ours.
-            unsafe { capabilities(self.driver().handle, &raw mut raw) };
+            unsafe { capabilities(driver.handle, &raw mut raw) };
         }
         match get_capabilities(&raw) {
             Ok(now) => *last = now,
@@ -254,14 +260,7 @@ impl Backend for Foreign {
     }
 
     fn epoch(&self) -> Epoch {
-        let driver = self.driver();
-        // SAFETY: the handle is open.
-        Epoch(
-            driver
-                .ops
-                .epoch
-                .map_or(0, |epoch| unsafe { epoch(driver.handle) }),
-        )
+        Epoch(self.driver().epoch())
     }
 
     fn vf(&self) -> Option<&dyn VfAllocator> {
@@ -322,7 +321,7 @@ impl EventStream for Stream {
     async fn next(&mut self) -> Option<Event> {
         // What the library has by now comes before what its thread brings later: one gap is told, not two.
         if let Some(driver) = self.driver.upgrade() {
-            driver.pump_events();
+            driver.ask_for_events().await;
         }
         loop {
             match self.queue.next().await {
@@ -773,10 +772,12 @@ impl Ports for Foreign {
         let raw = exchange.output;
         let mut io = ForeignPort {
             alive: Arc::clone(&self.alive),
+            seat: self.driver().watch.seat(),
             handle: raw.handle,
             port,
             limits: PortIoLimits::plain(dpumesh_core::Mtu::ETHERNET),
             poll_fd: raw.poll_fd,
+            refused: AtomicU64::new(0),
             frames: Vec::new(),
         };
         // Dropped, and with it closed, if what it says makes no sense.
@@ -789,10 +790,13 @@ impl Ports for Foreign {
 #[derive(Debug)]
 struct ForeignPort {
     alive: Arc<Alive>,
+    seat: Arc<Seat>,
     handle: u64,
     port: PortRef,
     limits: PortIoLimits,
     poll_fd: i32,
+    /// What was last told of them.
+    refused: AtomicU64,
     frames: Vec<dm_frame>,
 }
 
@@ -802,13 +806,15 @@ unsafe impl Send for ForeignPort {}
 type MoveFrames = unsafe extern "C" fn(u64, u64, *mut dm_frame, u32, *mut u32, *mut dm_error) -> u32;
 
 impl ForeignPort {
-    fn move_frames(&mut self, operation: &'static str, function: Option<MoveFrames>) -> Result<usize> {
-        let driver = &self.alive.0;
+    fn move_frames(&mut self, which: Operation, function: Option<MoveFrames>) -> Result<usize> {
+        let (driver, operation) = (&self.alive.0, which.name());
+        driver.refuse_if_failed(operation)?;
         let Some(function) = function else {
             return Err(driver.broken(operation, false, "the function is gone".to_owned()));
         };
         let (mut done, mut error) = (0, dm_error::empty());
         let count = self.frames.len() as u32;
+        let inside = self.seat.enter(which);
         // SAFETY: handle and port are open; the frames point into the caller's, which outlive the call.
         let status = unsafe {
             function(
@@ -820,6 +826,7 @@ impl ForeignPort {
                 &raw mut error,
             )
         };
+        drop(inside);
         match status {
             DM_DONE if done <= count => Ok(done as usize),
             DM_DONE => Err(driver.broken(operation, true, format!("{done} frames of {count}"))),
@@ -848,7 +855,7 @@ impl PortIo for ForeignPort {
             (raw.at, raw.capacity) = (area.as_mut_ptr(), area.len() as u64);
             self.frames.push(raw);
         }
-        let done = self.move_frames("ports.receive", self.alive.0.ops.port_receive)?;
+        let done = self.move_frames(Operation::RECEIVE, self.alive.0.ops.port_receive)?;
         for (frame, raw) in frames.iter_mut().zip(&self.frames).take(done) {
             if !frame.set_len(raw.len as usize) {
                 let broken = format!("a frame of {} octets in room for {}", raw.len, raw.capacity);
@@ -869,7 +876,7 @@ impl PortIo for ForeignPort {
             (raw.capacity, raw.len) = (octets.len() as u64, octets.len() as u64);
             self.frames.push(raw);
         }
-        self.move_frames("ports.transmit", self.alive.0.ops.port_transmit)
+        self.move_frames(Operation::TRANSMIT, self.alive.0.ops.port_transmit)
     }
 
     fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -879,20 +886,19 @@ impl PortIo for ForeignPort {
 
     fn refused(&self) -> u64 {
         let driver = &self.alive.0;
+        let Some(refused) = driver.ops.port_refused.filter(|_| !driver.has_failed()) else {
+            return self.refused.load(Ordering::Relaxed);
+        };
+        let _inside = driver.watch.enter(Operation::REFUSED);
         // SAFETY: handle and port are open.
-        driver
-            .ops
-            .port_refused
-            .map_or(0, |refused| unsafe { refused(driver.handle, self.handle) })
+        let count = unsafe { refused(driver.handle, self.handle) };
+        self.refused.store(count, Ordering::Relaxed);
+        count
     }
 }
 
 impl Drop for ForeignPort {
     fn drop(&mut self) {
-        let driver = &self.alive.0;
-        if let Some(close) = driver.ops.port_close {
-            // SAFETY: handle and port are open, and this was the port's last use.
-            unsafe { close(driver.handle, self.handle) };
-        }
+        self.alive.0.close_port(self.handle);
     }
 }

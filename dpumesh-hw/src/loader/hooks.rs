@@ -9,6 +9,7 @@ use super::abi::*;
 use super::arena::{Reader, Sized32};
 use super::codec::{get_program, put_port};
 use super::driver::Driver;
+use super::watch::Operation;
 
 /// Longest frame that is observed.
 const LONGEST: usize = 1 << 17;
@@ -61,7 +62,9 @@ impl Hooks {
     /// `Unsupported`, or `Fault` when the library says no.
     pub fn lose(&self) -> Result<()> {
         // SAFETY: the handle is open: `run` checked.
-        self.run("lose", self.table.lose, |lose, handle| unsafe { lose(handle) })
+        self.run("rig.lose", self.table.lose, |lose, handle| unsafe {
+            lose(handle)
+        })
     }
 
     /// The card returns.
@@ -70,7 +73,7 @@ impl Hooks {
     /// As [`Hooks::lose`].
     pub fn bring_back(&self) -> Result<()> {
         // SAFETY: as above.
-        self.run("bring_back", self.table.bring_back, |back, handle| unsafe {
+        self.run("rig.bring_back", self.table.bring_back, |back, handle| unsafe {
             back(handle)
         })
     }
@@ -82,7 +85,7 @@ impl Hooks {
     pub fn inject(&self, port: PortRef, octets: &[u8]) -> Result<()> {
         let port = put_port(port);
         // SAFETY: as above; the octets live through the call.
-        self.run("inject", self.table.inject, |inject, handle| unsafe {
+        self.run("rig.inject", self.table.inject, |inject, handle| unsafe {
             inject(handle, port, octets.as_ptr(), octets.len() as u64)
         })
     }
@@ -95,7 +98,7 @@ impl Hooks {
         let port = put_port(port);
         let (mut buffer, mut len, mut empty) = (vec![0; LONGEST], 0_u64, false);
         let room = buffer.as_mut_ptr();
-        self.run("observe", self.table.observe, |observe, handle| {
+        self.run("rig.observe", self.table.observe, |observe, handle| {
             // SAFETY: as above; the buffer is ours.
             let status = unsafe { observe(handle, port, room, LONGEST as u64, &raw mut len) };
             empty = status == DM_EMPTY;
@@ -115,7 +118,7 @@ impl Hooks {
             len: path.len() as u64,
         };
         // SAFETY: as above; the path lives through the call.
-        self.run("netns", self.table.netns, |netns, handle| unsafe {
+        self.run("rig.netns", self.table.netns, |netns, handle| unsafe {
             netns(handle, path, present.into())
         })
     }
@@ -127,7 +130,7 @@ impl Hooks {
     pub fn jam(&self, port: PortRef, jammed: bool) -> Result<()> {
         let port = put_port(port);
         // SAFETY: as above.
-        self.run("jam", self.table.jam, |jam, handle| unsafe {
+        self.run("rig.jam", self.table.jam, |jam, handle| unsafe {
             jam(handle, port, jammed.into())
         })
     }
@@ -139,7 +142,7 @@ impl Hooks {
     pub fn strand(&self, port: PortRef) -> Result<()> {
         let port = put_port(port);
         // SAFETY: as above.
-        self.run("strand", self.table.strand, |strand, handle| unsafe {
+        self.run("rig.strand", self.table.strand, |strand, handle| unsafe {
             strand(handle, port)
         })
     }
@@ -161,20 +164,23 @@ impl Hooks {
             .collect()
     }
 
-    fn run<F>(&self, what: &'static str, function: Option<F>, run: impl FnOnce(F, u64) -> u32) -> Result<()> {
-        let operation = format!("rig.{what}");
-        let function = function.ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unsupported,
-                operation.clone(),
-                "the library has no such hook",
-            )
-        })?;
+    fn run<F>(
+        &self,
+        operation: &'static str,
+        function: Option<F>,
+        run: impl FnOnce(F, u64) -> u32,
+    ) -> Result<()> {
+        let function = function
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, operation, "the library has no such hook"))?;
         if self.driver.is_closing() {
             let message = "the backend is gone, and its card with it";
             return Err(Error::new(ErrorKind::Stale, operation, message));
         }
-        match run(function, self.driver.handle) {
+        self.driver.refuse_if_failed(operation)?;
+        let inside = self.driver.watch.enter(Operation::named(operation));
+        let status = run(function, self.driver.handle);
+        drop(inside);
+        match status {
             DM_DONE => Ok(()),
             status => {
                 let message = format!("the library's hook returned status {status}");

@@ -170,8 +170,14 @@ impl Library {
                     what: "making a descriptor to wake the library's thread",
                     reason: error.to_string(),
                 })?;
+                let driver = Arc::new(driver);
+                driver.epoch();
+                driver.watch().map_err(|error| LoadError::Process {
+                    what: "starting the thread that looks after calls that hang",
+                    reason: error.to_string(),
+                })?;
                 Ok(Card {
-                    driver: Arc::new(driver),
+                    driver,
                     info,
                     parts,
                     capabilities,

@@ -29,12 +29,12 @@ use super::LoadError;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Calls {
-    /// By a thread of the library's own, with a deadline: a library that blocks or hangs disturbs nobody. Costs two
-    /// wake-ups per control call; frames do not go this way.
+    /// By a thread of the library's own: the caller of a control call is free again after the deadline, whatever the library
+    /// does. Costs two wake-ups per control call; frames and quick calls do not go this way.
     #[default]
     Guarded,
     /// On the caller's thread: for a library that is trusted to keep its promise not to block. It must say
-    /// `DM_THREAD_SAFE`.
+    /// `DM_THREAD_SAFE`. A caller whose call never returns is lost; the others learn of it.
     Inline,
 }
 
@@ -45,7 +45,8 @@ pub enum Calls {
 pub struct Manifest {
     /// Absolute path.
     pub library: PathBuf,
-    /// How long a call may take, in milliseconds.
+    /// How long a call may take, in milliseconds. One that has not returned by then, on whichever thread, fails the card:
+    /// health says so, and everything is refused until that call returns.
     #[serde(default = "thirty_seconds")]
     pub deadline_ms: u64,
     /// How calls reach it.

@@ -42,6 +42,7 @@ mod foreign;
 mod hooks;
 mod library;
 mod manifest;
+mod watch;
 
 pub use error::LoadError;
 pub use hooks::Hooks;

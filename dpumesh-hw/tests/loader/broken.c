@@ -1,5 +1,6 @@
 // A backend that keeps to the interface but for one thing, which BREAK names.
 #include <dpumesh.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -9,10 +10,11 @@ enum {
     INFO_SIZE, INFO_ROLE, INFO_TEXT, CAPABILITIES_SIZE, CAPABILITIES_BITS, CAPABILITIES_FLAG, CLAIMS_ABSENT_PART, CLAIMS_NO_RULES,
     CLAIMS_MORE_HARDWARE, CLAIMS_NO_CONTINUE, OPEN_MESSAGE, ERROR_KIND, ERROR_MESSAGE, CALL_STATUS, CALL_HANGS, CALL_NEVER_COMPLETES,
     CALL_MORE, VERDICT_CODE, VERDICT_SIZE, VERDICT_POINTER, VERDICT_FEW, VERDICT_MANY, EVENT_KIND, FD_STORM, COMPLETES_TWICE,
+    INLINE_HANGS, RECEIVE_HANGS, RECEIVE_IS_SLOW, EPOCH_HANGS, EVENTS_HANG,
 };
 
 static int epoch_reads;
-static int event_due; // a judgement makes an event
+static int event_due; // a judgement makes an event, or the trouble begin
 
 static uint32_t open_card(dm_str config, uint64_t *handle, dm_error *error) {
     (void)config;
@@ -41,7 +43,8 @@ static void info(uint64_t handle, dm_info *info) {
 static void capabilities(uint64_t handle, dm_capabilities *can) {
     (void)handle;
     can->size = BROKEN(CAPABILITIES_SIZE) ? 1 << 20 : sizeof *can;
-    can->parts = DM_PART_STEERING | (BROKEN(CLAIMS_ABSENT_PART) ? DM_PART_OFFLOAD : 0);
+    can->parts = DM_PART_STEERING | (BROKEN(CLAIMS_ABSENT_PART) ? DM_PART_OFFLOAD : 0) | (BREAK >= RECEIVE_HANGS ? DM_PART_PORTS : 0);
+    can->open_ports = BREAK >= RECEIVE_HANGS ? 2 : 0;
     can->rules = BROKEN(CLAIMS_NO_RULES) ? 0 : 8;
     can->hardware_rules = BROKEN(CLAIMS_MORE_HARDWARE) ? 9 : 0;
     can->groups = can->priorities = 1;
@@ -53,7 +56,11 @@ static void capabilities(uint64_t handle, dm_capabilities *can) {
     if (BROKEN(CAPABILITIES_FLAG)) can->idle_timeout = 2;
 }
 
-static uint64_t epoch(uint64_t handle) { (void)handle; return epoch_reads; }
+static uint64_t epoch(uint64_t handle) {
+    (void)handle;
+    if (BROKEN(EPOCH_HANGS) && event_due) for (;;) pause();
+    return epoch_reads;
+}
 
 static int32_t poll_fd(uint64_t handle) {
     (void)handle;
@@ -74,6 +81,7 @@ static uint32_t poll_ends(uint64_t handle, dm_completion *ends, uint32_t capacit
 
 static uint32_t next_event(uint64_t handle, dm_event *event, dm_arena *arena) {
     (void)handle; (void)arena;
+    if (BROKEN(EVENTS_HANG) && event_due) for (;;) pause();
     if (!BROKEN(EVENT_KIND) || !event_due) return DM_EMPTY;
     event_due = 0;
     event->kind = 99;
@@ -84,7 +92,7 @@ static uint32_t validate(uint64_t handle, dm_call *call, const dm_rules *rules, 
     (void)handle;
     event_due = 1;
     if (BROKEN(CALL_STATUS)) return 77;
-    if (BROKEN(CALL_HANGS)) for (;;) pause();
+    if (BROKEN(CALL_HANGS) || BROKEN(INLINE_HANGS)) for (;;) pause();
     if (BROKEN(CALL_NEVER_COMPLETES)) return DM_PENDING;
     if (BROKEN(ERROR_KIND)) { dm_fail(call->error, 1234, "odd"); return DM_FAILED; }
     if (BROKEN(ERROR_MESSAGE)) {
@@ -113,6 +121,32 @@ static uint32_t flush(uint64_t h, dm_call *c, const dm_of_owner *w, dm_number *n
 static uint32_t miss(uint64_t h, dm_call *c, const dm_miss *m) { (void)h; (void)m; return dm_fail(c->error, DM_UNSUPPORTED, "no"); }
 static uint32_t occupancy(uint64_t h, dm_call *c, dm_rows *r) { (void)h; (void)c; r->len = 0; return DM_DONE; }
 
+static uint32_t ports(uint64_t h, dm_call *c, dm_rows *r) { (void)h; (void)c; r->len = 0; return DM_DONE; }
+static uint32_t open_port(uint64_t h, dm_call *c, const dm_port_info *p, dm_port_info *o) {
+    (void)h; (void)c;
+    o->port = p->port;
+    o->handle = 7;
+    o->mtu = 1500;
+    o->max_frame = 1514;
+    o->poll_fd = -1;
+    return DM_DONE;
+}
+static void close_port(uint64_t h, uint64_t p) { (void)h; (void)p; }
+static uint64_t refused(uint64_t h, uint64_t p) { (void)h; (void)p; return 3; }
+static uint32_t receive(uint64_t h, uint64_t p, dm_frame *f, uint32_t n, uint32_t *done, dm_error *e) {
+    (void)h; (void)p; (void)f; (void)n; (void)e;
+    if (BROKEN(RECEIVE_HANGS)) for (;;) pause();
+    static int times;
+    if (BROKEN(RECEIVE_IS_SLOW) && times++ == 0) poll(NULL, 0, 2000);
+    *done = 0;
+    return DM_DONE;
+}
+static uint32_t transmit(uint64_t h, uint64_t p, dm_frame *f, uint32_t n, uint32_t *done, dm_error *e) {
+    (void)h; (void)p; (void)f; (void)e;
+    *done = n;
+    return DM_DONE;
+}
+
 uint32_t dpumesh_backend_v1(const dm_host *host, uint32_t want, dm_ops *ops, dm_error *error) {
     static const char line[] = "the broken library speaks";
     host->log(host->context, DM_LOG_INFO, (dm_str){ (const uint8_t *)line, sizeof line - 1 });
@@ -120,11 +154,13 @@ uint32_t dpumesh_backend_v1(const dm_host *host, uint32_t want, dm_ops *ops, dm_
     if (BROKEN(GETTER_FAILS)) return dm_fail(error, DM_UNSUPPORTED, "kernel too old");
     dm_ops table = {
         .size = BROKEN(SHORT_TABLE) ? 64 : sizeof table,
-        .abi_major = BROKEN(MAJOR) ? 2 : DM_ABI_MAJOR, .abi_minor = DM_ABI_MINOR,
+        .abi_major = BROKEN(MAJOR) ? 2 : DM_ABI_MAJOR, .abi_minor = DM_ABI_MINOR, .flags = BROKEN(INLINE_HANGS) ? DM_THREAD_SAFE : 0,
         .open = BROKEN(NO_OPEN) ? NULL : open_card, .close = close_card, .info = info, .capabilities = capabilities, .epoch = epoch,
         .poll_fd = poll_fd, .poll = poll_ends, .next_event = next_event,
         .steering_validate = validate, .steering_apply = apply, .steering_list = list, .steering_counters = counters,
         .steering_flush = BROKEN(HALF_PART) ? NULL : flush, .steering_set_miss_policy = miss, .steering_occupancy = occupancy,
+        .port_list = ports, .port_open = open_port, .port_close = close_port, .port_receive = receive, .port_transmit = transmit,
+        .port_refused = refused,
     };
     memcpy(ops, &table, want < sizeof table ? want : sizeof table);
     return BROKEN(GETTER_STATUS) ? 3 : DM_DONE;

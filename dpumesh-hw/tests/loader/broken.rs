@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dpumesh_core::steering::{Action, Cookie, Owner, Pattern, Priority, SteeringRule, Verdict};
-use dpumesh_core::{Backend, Capabilities, Error, ErrorKind, Event};
+use dpumesh_core::{
+    Backend, BackendExt, Capabilities, Epoch, Error, ErrorKind, Event, EventStream, Frame, PortIo, PortRef,
+};
 use dpumesh_hw::loader::{Calls, Library, LoadError, Manifest};
 
 use crate::header::cc;
@@ -205,6 +207,103 @@ async fn a_call_that_never_returns_ends_with_the_deadline_and_holds_nobody_up() 
     assert_eq!(error.kind, ErrorKind::Abi, "{error}");
     assert!(begun.elapsed() < SOON, "refused at once");
     assert_eq!(backend.epoch().0, 0, "what does not wait still works");
+}
+
+/// What an event tells of the card's health, soon.
+async fn health(events: &mut Box<dyn EventStream>) -> Option<Error> {
+    match tokio::time::timeout(Duration::from_secs(20), events.next()).await {
+        Ok(Some(Event::Health(health))) => health,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The card is failed because of this function: who waits for it is told, and everybody is refused without waiting.
+async fn all_is_refused(backend: Arc<dyn Backend>, mut events: Box<dyn EventStream>, stuck: &str) {
+    let error = health(&mut events).await.expect("the card ails");
+    let named = format!("has not returned from `{stuck}`");
+    assert_eq!(error.kind, ErrorKind::Abi, "{error}");
+    assert!(error.to_string().contains(&named), "{error}");
+
+    let begun = Instant::now();
+    let error = validate(&backend).await.expect_err("refused");
+    assert_eq!(error.kind, ErrorKind::Abi, "{error}");
+    assert!(error.to_string().contains(&named), "{error}");
+    assert_eq!(backend.epoch(), Epoch(0), "the last one known");
+    assert_eq!(backend.capabilities().steering.rules, 8, "those last known");
+    drop(backend.events());
+    drop(backend);
+    assert!(begun.elapsed() < SOON, "nobody waits for the library");
+}
+
+async fn port(backend: &Arc<dyn Backend>, index: u16) -> Box<dyn PortIo> {
+    let ports = backend.require_ports().expect("it has ports");
+    ports
+        .open(backend.fence(), PortRef::vf(index))
+        .await
+        .expect("opened")
+}
+
+#[tokio::test]
+async fn a_port_that_never_returns_fails_the_card_for_everybody_else() {
+    let backend = open("RECEIVE_HANGS").expect("opened");
+    let events = backend.events();
+    let (mut stuck, mut other) = (port(&backend, 0).await, port(&backend, 1).await);
+    // Nobody can free this thread: it ends with the process.
+    std::thread::spawn(move || stuck.receive(&mut [Frame::new()]));
+    assert_eq!(other.transmit(&mut [Frame::new()]).expect("not yet noticed"), 1);
+    assert_eq!(other.refused(), 3);
+    all_is_refused(backend, events, "ports.receive").await;
+
+    let begun = Instant::now();
+    let error = other.transmit(&mut [Frame::new()]).expect_err("refused");
+    assert_eq!(error.kind, ErrorKind::Abi, "{error}");
+    assert_eq!(other.refused(), 3, "as last told");
+    drop(other);
+    assert!(begun.elapsed() < SOON, "nobody waits for the library");
+}
+
+#[tokio::test]
+async fn a_card_whose_library_came_back_works_again() {
+    let backend = open("RECEIVE_IS_SLOW").expect("opened");
+    let mut events = backend.events();
+    let (mut slow, mut other) = (port(&backend, 0).await, port(&backend, 1).await);
+    let slow = std::thread::spawn(move || slow.receive(&mut [Frame::new()]).map(|_| slow));
+    assert!(health(&mut events).await.is_some(), "failed");
+    assert!(other.receive(&mut [Frame::new()]).is_err(), "refused");
+    assert_eq!(health(&mut events).await, None, "well again");
+    let mut slow = slow.join().expect("no panic").expect("it came back");
+    for port in [&mut slow, &mut other] {
+        assert_eq!(port.receive(&mut [Frame::new()]).expect("it works"), 0);
+    }
+    assert_eq!(validate(&backend).await.expect("judged").len(), 2);
+}
+
+#[tokio::test]
+async fn a_quick_call_that_never_returns_fails_the_card_for_everybody_else() {
+    for (how, stuck) in [
+        ("EPOCH_HANGS", "backend.epoch"),
+        ("EVENTS_HANG", "backend.events"),
+    ] {
+        let backend = open(how).expect("opened");
+        let events = backend.events();
+        validate(&backend)
+            .await
+            .expect("judged, and from now on it hangs");
+        let caller = Arc::clone(&backend);
+        std::thread::spawn(move || (caller.epoch(), caller.events()));
+        all_is_refused(backend, events, stuck).await;
+    }
+}
+
+#[tokio::test]
+async fn an_inline_call_that_never_returns_fails_the_card_for_everybody_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let manifest = Manifest::of(library(folder.path(), "INLINE_HANGS")).with_deadline(SOON);
+    let backend = Library::open(&manifest.with_calls(Calls::Inline)).expect("opened");
+    let (events, caller) = (backend.events(), Arc::clone(&backend));
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::spawn(move || runtime.block_on(validate(&caller)));
+    all_is_refused(backend, events, "steering.validate").await;
 }
 
 #[tokio::test]
