@@ -52,7 +52,7 @@ pub(crate) use sized;
 /// What was wrong with a value from the other side: names the place.
 pub(crate) type Broken = String;
 
-/// Bump memory. Grows in pieces that never move, or ends where the caller's memory ends.
+/// Bump memory, which is handed out and not looked at again. Grows in pieces that never move, or ends where the caller's memory ends.
 #[derive(Debug)]
 pub(crate) struct Arena {
     pieces: Vec<Box<[MaybeUninit<u128>]>>,
@@ -119,17 +119,29 @@ impl Arena {
         self.needed > self.used
     }
 
-    /// Copies elements in; null when they do not fit.
-    pub(crate) fn put<T: Copy>(&mut self, values: &[T]) -> *const T {
-        let len = size_of_val(values).next_multiple_of(ALIGN);
+    /// Empty again, with its memory: in one piece from now on. What pointed there does so in vain. Of a growing arena.
+    pub(crate) fn clear(&mut self) {
+        let all: usize = self.pieces.iter().map(|piece| size_of_val(&**piece)).sum();
+        if self.pieces.len() > 1 {
+            self.pieces = vec![Box::new_uninit_slice(all.div_ceil(ALIGN))];
+        }
+        if let Some(piece) = self.pieces.first_mut() {
+            (self.at, self.left) = (piece.as_mut_ptr().cast(), all);
+        }
+        (self.used, self.needed) = (0, 0);
+    }
+
+    /// Room for so many octets; null when they do not fit.
+    fn take(&mut self, octets: usize) -> *mut u8 {
+        let len = octets.next_multiple_of(ALIGN);
         if len == 0 {
-            return std::ptr::null();
+            return std::ptr::null_mut();
         }
         self.needed += len;
         if self.left < len {
             if !self.grows {
                 self.left = 0; // what follows would leave gaps: `needed` goes on, `used` stays
-                return std::ptr::null();
+                return std::ptr::null_mut();
             }
             // Twice as much each time: few pieces for a long batch, a small one for a small call.
             let octets = len.max((PIECE << self.pieces.len().min(8)).min(LARGEST));
@@ -138,13 +150,59 @@ impl Arena {
             self.left = size_of_val(&*piece);
             self.pieces.push(piece);
         }
-        let to: *mut T = self.at.cast();
-        // SAFETY: `left` octets are there from `at` on, aligned to 16, and nobody else's; T is Copy.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len()) };
+        let to = self.at;
         self.at = self.at.wrapping_add(len);
         self.left -= len;
         self.used += len;
         to
+    }
+
+    /// Copies elements in; null when they do not fit.
+    pub(crate) fn put<T: Copy>(&mut self, values: &[T]) -> *const T {
+        let to: *mut T = self.take(size_of_val(values)).cast();
+        if !to.is_null() {
+            // SAFETY: so many octets are there, aligned to 16, and nobody else's; T is Copy.
+            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len()) };
+        }
+        to
+    }
+
+    /// Fills one struct in where it stays; null when it does not fit.
+    pub(crate) fn make<T: Sized32>(&mut self, fill: impl FnOnce(&mut T, &mut Self)) -> *const T {
+        let to: *mut T = self.take(size_of::<T>()).cast();
+        self.fill_in(to, fill);
+        to
+    }
+
+    /// Fills elements in where they stay; an empty list when they do not fit.
+    pub(crate) fn make_list<T: Sized32>(
+        &mut self,
+        len: usize,
+        mut fill: impl FnMut(usize, &mut T, &mut Self),
+    ) -> dm_list {
+        let at: *mut T = self.take(len * size_of::<T>()).cast();
+        for index in 0..len {
+            let to = if at.is_null() { at } else { at.wrapping_add(index) };
+            self.fill_in(to, |value, arena| fill(index, value, arena));
+        }
+        dm_list {
+            at: at.cast(),
+            len: if at.is_null() { 0 } else { len as u32 },
+            stride: size_of::<T>() as u32,
+        }
+    }
+
+    /// What has no place is filled in all the same: what it points to counts as needed.
+    fn fill_in<T: Sized32>(&mut self, to: *mut T, fill: impl FnOnce(&mut T, &mut Self)) {
+        if to.is_null() {
+            return fill(&mut T::empty(), self);
+        }
+        // SAFETY: room for a T that was just taken, aligned to 16; an arena never looks at what it gave away.
+        let value = unsafe {
+            to.write(T::empty());
+            &mut *to
+        };
+        fill(value, self);
     }
 
     /// Copies one value in; null when it does not fit.
@@ -279,6 +337,36 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Hands a struct to `look`: where it stands when the caller vouches for it, else as a copy.
+    pub(crate) fn see<T: Sized32, R>(
+        &self,
+        at: *const T,
+        what: &str,
+        look: impl FnOnce(&T) -> Result<R, Broken>,
+    ) -> Result<R, Broken> {
+        if self.within.is_none() && !at.is_null() && at.is_aligned() {
+            // SAFETY: vouched for, and it begins with its size.
+            let size = unsafe { at.cast::<u32>().read() } as usize;
+            if (size_of::<T>()..=1 << 16).contains(&size) {
+                // SAFETY: a whole T is there, every bit pattern is a value of it, and a request stays as it is meanwhile.
+                return look(unsafe { &*at });
+            }
+        }
+        look(&self.one(at, what)?)
+    }
+
+    /// The same with each element of a list, one after the other.
+    pub(crate) fn see_each<T: Sized32>(
+        &self,
+        list: dm_list,
+        what: &str,
+        mut look: impl FnMut(&T) -> Result<(), Broken>,
+    ) -> Result<(), Broken> {
+        (0..list.len).try_for_each(|index| self.see(element(list, index).cast::<T>(), what, &mut look))
+    }
+}
+
 fn element(list: dm_list, index: u32) -> *const c_void {
     list.at.wrapping_byte_add(list.stride as usize * index as usize)
 }
@@ -304,11 +392,35 @@ impl Rows {
 
     /// As the callee gets it.
     pub(crate) fn as_rows(&mut self) -> dm_rows {
+        self.first_rows(self.capacity)
+    }
+
+    /// The first `count` of them as the callee gets them.
+    pub(crate) fn first_rows(&mut self, count: usize) -> dm_rows {
         let mut rows = dm_rows::empty();
         rows.stride = self.stride as u32;
         rows.at = self.memory.as_mut_ptr().cast();
-        rows.capacity = self.capacity as u64;
+        rows.capacity = self.capacity.min(count) as u64;
         rows
+    }
+
+    /// Elements there is room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Zeroes elements again; as many as there are of them.
+    pub(crate) fn clear(&mut self, elements: Range<usize>) {
+        let end = elements.end.min(self.capacity);
+        let Some(count) = end.checked_sub(elements.start) else {
+            return;
+        };
+        let all: *mut u8 = self.memory.as_mut_ptr().cast();
+        // SAFETY: elements below the capacity are within the memory, which is plain numbers.
+        unsafe {
+            all.add(self.stride * elements.start)
+                .write_bytes(0, self.stride * count)
+        };
     }
 
     /// The first `len` elements.

@@ -111,7 +111,7 @@ pub(super) struct Exchange<I, O> {
     arena: dm_arena,
     room: Box<[u128]>,
     /// What the input points to: held for the library, which reads it.
-    _request: Arena,
+    request: Arena,
     pub(super) input: I,
     pub(super) output: O,
     status: u32,
@@ -119,6 +119,14 @@ pub(super) struct Exchange<I, O> {
 
 // SAFETY: its pointers go to memory that it owns itself, on the heap; the library touches it only during the call.
 unsafe impl<I, O> Send for Exchange<I, O> {}
+
+impl<I, O> fmt::Debug for Exchange<I, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exchange")
+            .field("token", &self.call.token)
+            .finish_non_exhaustive()
+    }
+}
 
 impl<I, O> Exchange<I, O> {
     /// Room for texts of so many octets in the answer.
@@ -128,16 +136,35 @@ impl<I, O> Exchange<I, O> {
             error: dm_error::empty(),
             arena: dm_arena::empty(),
             room: vec![0; room.div_ceil(16)].into_boxed_slice(),
-            _request: request,
+            request,
             input,
             output,
             status: DM_DONE,
         });
-        exchange.arena.at = exchange.room.as_mut_ptr().cast();
-        exchange.arena.capacity = size_of_val(&*exchange.room) as u64;
-        exchange.call.error = &raw mut exchange.error;
-        exchange.call.arena = &raw mut exchange.arena;
+        exchange.offer();
         exchange
+    }
+
+    /// Tells the library what is where.
+    fn offer(&mut self) {
+        self.arena.at = self.room.as_mut_ptr().cast();
+        self.arena.capacity = size_of_val(&*self.room) as u64;
+        self.call.error = &raw mut self.error;
+        self.call.arena = &raw mut self.arena;
+    }
+
+    /// Ready for another call in the same memory, once this one has ended.
+    pub(super) fn again(&mut self, request: impl FnOnce(&mut Arena) -> I) {
+        self.error = dm_error::empty();
+        self.arena = dm_arena::empty();
+        self.offer();
+        self.request.clear();
+        self.input = request(&mut self.request);
+    }
+
+    /// Octets for texts of the answer.
+    pub(super) fn room(&self) -> usize {
+        size_of_val(&*self.room)
     }
 
     /// Takes texts out of the answer.

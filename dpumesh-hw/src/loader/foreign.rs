@@ -46,8 +46,12 @@ pub(super) struct Foreign {
     info: BackendInfo,
     parts: u32,
     last: Mutex<Capabilities>,
+    /// Memory of a batch that was carried out, for the next one.
+    spare: Mutex<Option<Box<BatchExchange>>>,
     hub: Arc<EventHub>,
 }
+
+type BatchExchange = Exchange<dm_batch, Outcome>;
 
 /// Closes the card when the backend and its ports are gone.
 #[derive(Debug)]
@@ -73,6 +77,7 @@ impl Foreign {
             info,
             parts,
             last: Mutex::new(capabilities),
+            spare: Mutex::default(),
             hub,
         }
     }
@@ -454,17 +459,61 @@ struct Outcome {
 
 impl Outcome {
     fn of(operations: usize) -> Self {
-        let mut changes = Rows::of::<dm_change>(operations);
-        let mut errors = Rows::of::<dm_error>(operations);
-        let mut undo = super::arena::blank_error();
-        let mut raw = dm_outcome::empty();
-        (raw.changes, raw.errors) = (changes.as_rows(), errors.as_rows());
-        raw.undo_error = &raw mut *undo;
-        Self {
-            raw,
-            changes,
-            errors,
-            undo,
+        let mut outcome = Self {
+            raw: dm_outcome::empty(),
+            changes: Rows::of::<dm_change>(operations),
+            errors: Rows::of::<dm_error>(operations),
+            undo: super::arena::blank_error(),
+        };
+        outcome.offer(operations);
+        outcome
+    }
+
+    /// Ready for a batch of so many operations.
+    fn offer(&mut self, operations: usize) {
+        self.raw = dm_outcome::empty();
+        self.raw.changes = self.changes.first_rows(operations);
+        self.raw.errors = self.errors.first_rows(operations);
+        *self.undo = dm_error::empty();
+        self.raw.undo_error = &raw mut *self.undo;
+    }
+
+    /// Zero again where a library wrote: few of the errors, which are long.
+    fn clear(&mut self, read: &BatchOutcome) {
+        self.changes.clear(0..read.results.len());
+        for (index, result) in read.results.iter().enumerate() {
+            if result.is_err() {
+                self.errors.clear(index..index + 1);
+            }
+        }
+    }
+}
+
+/// Operations of the longest batch whose memory is kept for the next one: about 1.5 KiB each.
+const KEPT: usize = 2048;
+
+impl Foreign {
+    /// A batch with room for its outcome, in the memory of the one before it where that is enough.
+    fn batch(&self, batch: &Batch) -> Box<BatchExchange> {
+        let count = batch.operations.len();
+        let room = ROOM + count * REASON;
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let spare = spare.filter(|spare| spare.output.changes.capacity() >= count && spare.room() >= room);
+        let Some(mut exchange) = spare else {
+            let mut arena = Arena::growing();
+            let input = put_batch(batch, &mut arena);
+            return Exchange::new(arena, input, Outcome::of(count), room);
+        };
+        exchange.again(|arena| put_batch(batch, arena));
+        exchange.output.offer(count);
+        exchange
+    }
+
+    /// Memory of a batch that has ended, for the next one.
+    fn keep(&self, mut exchange: Box<BatchExchange>, read: &BatchOutcome) {
+        if exchange.output.changes.capacity() <= KEPT {
+            exchange.output.clear(read);
+            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(exchange);
         }
     }
 }
@@ -498,12 +547,9 @@ impl FlowSteering for Foreign {
     async fn apply(&self, fence: Fence, batch: &Batch) -> Result<BatchOutcome> {
         let operation = "steering.apply";
         let count = batch.operations.len();
-        let mut arena = Arena::growing();
-        let input = put_batch(batch, &mut arena);
-        let exchange = Exchange::new(arena, input, Outcome::of(count), ROOM + count * REASON);
         let exchange = self
             .driver()
-            .call(operation, Some(fence), exchange, apply)
+            .call(operation, Some(fence), self.batch(batch), apply)
             .await?;
         let out = &exchange.output;
         let (name, reader) = (&*self.info.name, exchange.reader());
@@ -516,7 +562,9 @@ impl FlowSteering for Foreign {
             name,
             &reader,
         );
-        self.read(operation, Some(fence), read)
+        let outcome = self.read(operation, Some(fence), read)?;
+        self.keep(exchange, &outcome);
+        Ok(outcome)
     }
 
     async fn list(&self, owner: Owner) -> Result<Vec<InstalledRule>> {

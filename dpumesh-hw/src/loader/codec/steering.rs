@@ -98,8 +98,8 @@ pub(crate) fn get_counters(raw: dm_counters) -> Counters {
     }
 }
 
-fn put_pattern(pattern: &Pattern) -> dm_pattern {
-    let mut raw = dm_pattern::empty();
+/// Into an empty one.
+fn put_pattern(pattern: &Pattern, raw: &mut dm_pattern) {
     let mut has = |bit| raw.fields |= bit;
     if let Some(port) = pattern.port {
         has(DM_FIELD_PORT);
@@ -168,7 +168,6 @@ fn put_pattern(pattern: &Pattern) -> dm_pattern {
         has(DM_FIELD_CT_STATE);
         (raw.ct_state, raw.ct_state_mask) = (states.value.bits(), states.mask.bits());
     }
-    raw
 }
 
 fn get_pattern(raw: &dm_pattern) -> Result<Pattern, Broken> {
@@ -280,8 +279,8 @@ fn get_ip_match(raw: dm_ip_match, what: &str) -> Result<IpMatch, Broken> {
     }
 }
 
-fn put_action(action: &Action, arena: &mut Arena) -> dm_action {
-    let mut raw = dm_action::empty();
+/// Into an empty one.
+fn put_action(action: &Action, raw: &mut dm_action, arena: &mut Arena) {
     raw.port = NO_PORT;
     (raw.local, raw.remote) = (NO_ADDR, NO_ADDR);
     let mut number = |kind, number: u32| (raw.kind, raw.number) = (kind, number);
@@ -323,7 +322,6 @@ fn put_action(action: &Action, arena: &mut Arena) -> dm_action {
         }
         _ => raw.kind = super::UNKNOWN_CODE,
     }
-    raw
 }
 
 fn get_action(raw: &dm_action, reader: &Reader) -> Result<Action, Broken> {
@@ -369,6 +367,12 @@ fn get_action(raw: &dm_action, reader: &Reader) -> Result<Action, Broken> {
 
 pub(crate) fn put_rule(rule: &SteeringRule, arena: &mut Arena) -> dm_rule {
     let mut raw = dm_rule::empty();
+    write_rule(rule, &mut raw, arena);
+    raw
+}
+
+/// Into an empty one.
+fn write_rule(rule: &SteeringRule, raw: &mut dm_rule, arena: &mut Arena) {
     raw.group = rule.group.0;
     raw.cookie = put_cookie(rule.cookie);
     raw.owner = put_owner(rule.owner);
@@ -380,37 +384,30 @@ pub(crate) fn put_rule(rule: &SteeringRule, arena: &mut Arena) -> dm_rule {
         Some(0) => u32::MAX,
         Some(ms) => ms.min(u32::MAX - 1),
     };
-    raw.pattern = arena.one(put_pattern(&rule.pattern));
-    // Most rules count and go somewhere.
-    let mut actions = [dm_action::empty(); 2];
-    if rule.actions.len() <= actions.len() {
-        for (raw, action) in actions.iter_mut().zip(&rule.actions) {
-            *raw = put_action(action, arena);
-        }
-        raw.actions = arena.list(&actions[..rule.actions.len()]);
-    } else {
-        let actions: Vec<_> = rule
-            .actions
-            .iter()
-            .map(|action| put_action(action, arena))
-            .collect();
-        raw.actions = arena.list(&actions);
-    }
-    raw
+    raw.pattern = arena.make(|raw, _| put_pattern(&rule.pattern, raw));
+    raw.actions = arena.make_list(rule.actions.len(), |index, raw, arena| {
+        put_action(&rule.actions[index], raw, arena);
+    });
 }
 
 pub(crate) fn get_rule(raw: &dm_rule, reader: &Reader) -> Result<SteeringRule, Broken> {
-    let pattern = reader.one(raw.pattern, "rule.pattern")?;
-    let mut actions = Vec::with_capacity(raw.actions.len.min(64) as usize);
-    for action in reader.each::<dm_action>(raw.actions, "rule.actions") {
-        actions.push(get_action(&action?, reader)?);
-    }
+    get_rule_into(raw, reader, Vec::new())
+}
+
+/// A rule whose actions come into a list that is there already, empty.
+fn get_rule_into(raw: &dm_rule, reader: &Reader, mut actions: Vec<Action>) -> Result<SteeringRule, Broken> {
+    let pattern = reader.see(raw.pattern, "rule.pattern", get_pattern)?;
+    actions.reserve(raw.actions.len.min(64) as usize);
+    reader.see_each(raw.actions, "rule.actions", |action| {
+        actions.push(get_action(action, reader)?);
+        Ok(())
+    })?;
     Ok(SteeringRule {
         cookie: get_cookie(raw.cookie),
         owner: get_owner(raw.owner, "rule.owner")?,
         group: Group(raw.group),
         priority: Priority(raw.priority),
-        pattern: get_pattern(&pattern)?,
+        pattern,
         actions,
         placement: get_placement_request(raw.placement, "rule.placement")?,
         idle_timeout_ms: match raw.idle_timeout_ms {
@@ -422,15 +419,20 @@ pub(crate) fn get_rule(raw: &dm_rule, reader: &Reader) -> Result<SteeringRule, B
 }
 
 pub(crate) fn put_rules(rules: &[SteeringRule], arena: &mut Arena) -> dm_rules {
-    let all: Vec<_> = rules.iter().map(|rule| put_rule(rule, arena)).collect();
     let mut raw = dm_rules::empty();
-    raw.rules = arena.list(&all);
+    raw.rules = arena.make_list(rules.len(), |index, raw, arena| {
+        write_rule(&rules[index], raw, arena);
+    });
     raw
 }
 
 pub(crate) fn get_rules(raw: &dm_rules, reader: &Reader) -> Result<Vec<SteeringRule>, Broken> {
-    let rules = reader.list::<dm_rule>(raw.rules, "rules")?;
-    rules.iter().map(|rule| get_rule(rule, reader)).collect()
+    let mut rules = Vec::with_capacity(raw.rules.len.min(1 << 16) as usize);
+    reader.see_each(raw.rules, "rules", |rule| {
+        rules.push(get_rule(rule, reader)?);
+        Ok(())
+    })?;
+    Ok(rules)
 }
 
 pub(crate) fn put_verdict(verdict: &Verdict, arena: &mut Arena) -> dm_verdict {
@@ -500,46 +502,75 @@ pub(crate) fn get_installed(raw: &dm_installed, reader: &Reader) -> Result<Insta
 }
 
 pub(crate) fn put_batch(batch: &Batch, arena: &mut Arena) -> dm_batch {
-    let operations: Vec<_> = batch
-        .operations
-        .iter()
-        .map(|operation| {
-            let mut raw = dm_operation::empty();
-            match operation {
-                Operation::Add(rule) => {
-                    raw.kind = DM_ADD;
-                    raw.owner = put_owner(rule.owner);
-                    raw.cookie = put_cookie(rule.cookie);
-                    let rule = put_rule(rule, arena);
-                    raw.rule = arena.one(rule);
-                }
-                Operation::Remove { owner, cookie } => {
-                    raw.kind = DM_REMOVE;
-                    (raw.owner, raw.cookie) = (put_owner(*owner), put_cookie(*cookie));
-                }
-            }
-            raw
-        })
-        .collect();
     let mut raw = dm_batch::empty();
     raw.atomicity = put_atomicity(batch.atomicity);
-    raw.operations = arena.list(&operations);
+    raw.operations = arena.make_list(batch.operations.len(), |index, raw, arena| {
+        put_operation(&batch.operations[index], raw, arena);
+    });
     raw
 }
 
-pub(crate) fn get_batch(raw: &dm_batch, reader: &Reader) -> Result<Batch, Broken> {
-    let mut operations = Vec::with_capacity(raw.operations.len.min(1 << 16) as usize);
-    for operation in reader.each::<dm_operation>(raw.operations, "batch.operations") {
-        operations.push(get_operation(&operation?, reader)?);
+/// Into an empty one.
+fn put_operation(operation: &Operation, raw: &mut dm_operation, arena: &mut Arena) {
+    match operation {
+        Operation::Add(rule) => {
+            raw.kind = DM_ADD;
+            (raw.owner, raw.cookie) = (put_owner(rule.owner), put_cookie(rule.cookie));
+            raw.rule = arena.make(|raw, arena| write_rule(rule, raw, arena));
+        }
+        Operation::Remove { owner, cookie } => {
+            raw.kind = DM_REMOVE;
+            (raw.owner, raw.cookie) = (put_owner(*owner), put_cookie(*cookie));
+        }
     }
+}
+
+/// Lists of batches that were carried out, for those to come: a batch then allocates nothing, once as many rules were there.
+#[derive(Debug, Default)]
+pub(crate) struct Spare {
+    operations: Vec<Operation>,
+    actions: Vec<Vec<Action>>,
+}
+
+impl Spare {
+    /// Lists kept, and actions kept in each: more than that is given back.
+    const MOST: usize = 4096;
+    const ACTIONS: usize = 8;
+
+    /// Takes a batch apart.
+    pub(crate) fn keep(&mut self, batch: Batch) {
+        let mut operations = batch.operations;
+        for operation in operations.drain(..) {
+            let Operation::Add(rule) = operation else { continue };
+            let mut actions = rule.actions;
+            if self.actions.len() < Self::MOST && actions.capacity() <= Self::ACTIONS {
+                actions.clear();
+                self.actions.push(actions);
+            }
+        }
+        if operations.capacity() <= Self::MOST {
+            self.operations = operations;
+        }
+    }
+}
+
+pub(crate) fn get_batch(raw: &dm_batch, reader: &Reader, spare: &mut Spare) -> Result<Batch, Broken> {
+    let mut operations = std::mem::take(&mut spare.operations);
+    operations.reserve(raw.operations.len.min(1 << 16) as usize);
+    reader.see_each(raw.operations, "batch.operations", |operation| {
+        operations.push(get_operation(operation, reader, spare)?);
+        Ok(())
+    })?;
     Ok(Batch::new(operations).with(get_atomicity(raw.atomicity, "batch.atomicity")?))
 }
 
-fn get_operation(raw: &dm_operation, reader: &Reader) -> Result<Operation, Broken> {
+fn get_operation(raw: &dm_operation, reader: &Reader, spare: &mut Spare) -> Result<Operation, Broken> {
     match raw.kind {
         DM_ADD => {
-            let rule = reader.one(raw.rule, "operation.rule")?;
-            get_rule(&rule, reader).map(Operation::Add)
+            let actions = spare.actions.pop().unwrap_or_default();
+            reader.see(raw.rule, "operation.rule", |rule| {
+                get_rule_into(rule, reader, actions).map(Operation::Add)
+            })
         }
         DM_REMOVE => Ok(Operation::Remove {
             owner: get_owner(raw.owner, "operation.owner")?,
@@ -628,15 +659,16 @@ pub(crate) fn get_outcome(
 /// # Safety
 /// `out` is the `dm_outcome` of a call in progress.
 pub(crate) unsafe fn write_outcome(outcome: &BatchOutcome, out: *mut dm_outcome, arena: &mut Arena) {
-    let changes: Vec<_> = outcome
-        .results
-        .iter()
-        .map(|result| put_change(result, arena))
-        .collect();
     // SAFETY: the caller's, by contract, and so is all it points to.
     unsafe {
         let Some(out) = out.as_mut() else { return };
-        crate::loader::arena::fill(&raw mut out.changes, &changes);
+        let rows = &mut out.changes;
+        rows.len = outcome.results.len() as u64;
+        let (at, stride) = (rows.at.cast::<u8>(), rows.stride as usize);
+        for (index, result) in outcome.results.iter().enumerate().take(rows.capacity as usize) {
+            let to = at.wrapping_add(index * stride).cast();
+            crate::loader::arena::write_sized(to, stride, &put_change(result, arena));
+        }
         for (index, result) in outcome
             .results
             .iter()

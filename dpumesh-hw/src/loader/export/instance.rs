@@ -18,8 +18,8 @@ use tokio::task::AbortHandle;
 
 use super::super::abi::*;
 use super::super::arena::{Arena, Broken, Reader, Sized32, fill, write_over, write_sized};
-use super::super::codec::put_error;
-use super::{CardRig, Exported};
+use super::super::codec::{Spare, put_error};
+use super::{CardRig, Exported, host};
 
 /// One open card.
 pub(super) struct Instance {
@@ -31,6 +31,8 @@ pub(super) struct Instance {
     thread: JoinHandle<()>,
     pending: Arc<Pending>,
     events: Mutex<Events>,
+    /// Lists of former batches.
+    pub(super) spare: Arc<Mutex<Spare>>,
 }
 
 /// Calls that went on in the runtime.
@@ -103,6 +105,7 @@ impl Instance {
                 running: Mutex::default(),
             }),
             events: Mutex::new(events),
+            spare: Arc::default(),
         })
     }
 
@@ -334,21 +337,26 @@ pub(super) unsafe fn tell_arena(given: *mut dm_arena, arena: &Arena) {
     }
 }
 
-/// A panic as an error: nobody can tell what it left behind.
+/// Runs what cannot fail; the log has its panic, and this is the answer then.
+pub(super) fn stop<T>(operation: &'static str, otherwise: T, run: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        drop(panicked(operation, &*payload));
+        otherwise
+    })
+}
+
+/// A panic as an error, which the log has already: nobody can tell what it left behind.
 pub(super) fn panicked(operation: &'static str, payload: &(dyn Any + Send)) -> Error {
     let text = payload
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("without a message");
-    Error::new(
-        ErrorKind::Fault,
-        operation,
-        format!("the backend panicked: {text}"),
-    )
-    .effect(Effect::Unknown)
+    let message = format!("the backend panicked: {text}");
+    host::log(DM_LOG_ERROR, &format!("{operation}: {message}"));
+    Error::new(ErrorKind::Fault, operation, message).effect(Effect::Unknown)
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

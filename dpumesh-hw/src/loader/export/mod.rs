@@ -2,7 +2,7 @@
 //!
 //! [`crate::export_backend!`] in a `cdylib` crate makes the symbol; [`through`] does the same within one process, for tests and
 //! benches. A call is polled once where it arrives; what is not ready then goes on in a runtime of the library's own, and
-//! is pending. Panics end here: the call that met one is a `Fault` with effect unknown.
+//! is pending. Panics end here: the call that met one is a `Fault` with effect unknown, and the loader's log has it ([`log`]).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -19,6 +19,7 @@
 //! # fn main() {}
 //! ```
 
+mod host;
 mod instance;
 mod offload;
 mod ports;
@@ -28,7 +29,7 @@ mod vf;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -39,7 +40,8 @@ use super::abi::*;
 use super::arena::{Arena, Reader, Sized32, write_over, write_sized};
 use super::codec::{put_capabilities, put_error, put_event, put_info};
 use super::{Calls, Library, LoadError, Manifest};
-use instance::Instance;
+pub use host::log;
+use instance::{Instance, stop};
 
 /// What a constructor returns: a backend, and what the conformance kit may do to its card.
 pub struct Exported {
@@ -179,11 +181,13 @@ pub type RigProgram = Program;
 /// # Safety
 /// As of `dm_getter`: `ops` has room for `want` octets, `error` is null or tells its size, `host` stays valid.
 pub unsafe extern "C" fn getter<C: Constructor>(
-    _host: *const dm_host,
+    host: *const dm_host,
     want: u32,
     ops: *mut dm_ops,
     error: *mut dm_error,
 ) -> u32 {
+    // SAFETY: by contract.
+    unsafe { host::keep(host) };
     if ops.is_null() || want < 16 {
         let told = Error::new(ErrorKind::Abi, "backend.load", "no room for the table");
         // SAFETY: null or the caller's.
@@ -264,18 +268,18 @@ unsafe extern "C" fn close(handle: u64) {
     let instance = std::ptr::with_exposed_provenance_mut::<Instance>(handle as usize);
     // SAFETY: the last use of an open handle.
     let instance = unsafe { *Box::from_raw(instance) };
-    let _ = catch_unwind(AssertUnwindSafe(|| instance.close()));
+    stop("backend.close", (), || instance.close());
 }
 
 unsafe extern "C" fn info(handle: u64, to: *mut dm_info) {
-    let _ = catch_unwind(|| {
+    stop("backend.info", (), || {
         // SAFETY: open handle, the caller's memory.
         unsafe { write_over(to, &put_info(&instance(handle).backend.info())) };
     });
 }
 
 unsafe extern "C" fn capabilities(handle: u64, to: *mut dm_capabilities) {
-    let _ = catch_unwind(|| {
+    stop("backend.capabilities", (), || {
         // SAFETY: open handle.
         let backend = unsafe { &instance(handle).backend };
         let mut raw = put_capabilities(&backend.capabilities());
@@ -295,7 +299,9 @@ unsafe extern "C" fn capabilities(handle: u64, to: *mut dm_capabilities) {
 
 unsafe extern "C" fn epoch(handle: u64) -> u64 {
     // SAFETY: open handle.
-    catch_unwind(|| unsafe { instance(handle) }.backend.epoch().0).unwrap_or(0)
+    stop("backend.epoch", 0, || {
+        unsafe { instance(handle) }.backend.epoch().0
+    })
 }
 
 unsafe extern "C" fn poll_fd(handle: u64) -> i32 {
@@ -304,7 +310,7 @@ unsafe extern "C" fn poll_fd(handle: u64) -> i32 {
 }
 
 unsafe extern "C" fn poll(handle: u64, to: *mut dm_completion, capacity: u32) -> u32 {
-    let taken = catch_unwind(|| {
+    stop("backend.poll", 0, || {
         // SAFETY: open handle.
         let ends = unsafe { instance(handle) }.completions(capacity as usize);
         for (index, (token, status)) in ends.iter().enumerate() {
@@ -314,12 +320,11 @@ unsafe extern "C" fn poll(handle: u64, to: *mut dm_completion, capacity: u32) ->
             unsafe { write_over(to.add(index), &raw) };
         }
         ends.len() as u32
-    });
-    taken.unwrap_or(0)
+    })
 }
 
 unsafe extern "C" fn next_event(handle: u64, to: *mut dm_event, arena: *mut dm_arena) -> u32 {
-    let taken = catch_unwind(|| {
+    stop("backend.events", DM_EMPTY, || {
         // SAFETY: open handle.
         let instance = unsafe { instance(handle) };
         loop {
@@ -344,13 +349,12 @@ unsafe extern "C" fn next_event(handle: u64, to: *mut dm_event, arena: *mut dm_a
             }
             return DM_DONE;
         }
-    });
-    taken.unwrap_or(DM_EMPTY)
+    })
 }
 
 unsafe extern "C" fn cancel(handle: u64, token: u64) {
     // SAFETY: open handle.
-    let _ = catch_unwind(|| unsafe { instance(handle) }.cancel(token));
+    stop("backend.cancel", (), || unsafe { instance(handle) }.cancel(token));
 }
 
 /// Backends that wait to be opened behind the interface, by number.

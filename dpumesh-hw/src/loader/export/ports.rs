@@ -10,7 +10,7 @@ use super::super::abi::*;
 use super::super::arena::{Sized32, write_over};
 use super::super::codec::*;
 use super::instance as handle_of;
-use super::instance::{Out, panicked};
+use super::instance::{Out, panicked, stop};
 
 /// Frames that are moved at a time.
 const BATCH: usize = 32;
@@ -95,12 +95,12 @@ unsafe extern "C" fn close(_handle: u64, port: u64) {
     let port = std::ptr::with_exposed_provenance_mut::<OpenPort>(port as usize);
     // SAFETY: the last use of an open port.
     let port = unsafe { Box::from_raw(port) };
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(port)));
+    stop("ports.close", (), || drop(port));
 }
 
 unsafe extern "C" fn refused(_handle: u64, port: u64) -> u64 {
     // SAFETY: an open port.
-    catch_unwind(|| unsafe { port_of(port) }.io.refused()).unwrap_or(0)
+    stop("ports.refused", 0, || unsafe { port_of(port) }.io.refused())
 }
 
 unsafe extern "C" fn receive(

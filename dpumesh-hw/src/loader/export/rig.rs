@@ -1,11 +1,9 @@
 //! What the conformance kit may do to an exported backend's card.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use super::super::abi::*;
 use super::super::arena::{Reader, Sized32, write_over};
 use super::super::codec::{get_port, put_program};
-use super::{Arena, CardRig, Constructor, instance};
+use super::{Arena, CardRig, Constructor, instance, stop};
 
 /// The hooks of a library whose cards `C` opens; those without a rig fail each.
 pub(super) fn table<C: Constructor>() -> dm_hooks {
@@ -30,7 +28,7 @@ unsafe fn with(handle: u64, run: impl FnOnce(&dyn CardRig) -> u32) -> u32 {
     // SAFETY: by contract.
     let rig = unsafe { instance(handle) }.rig.clone();
     let Some(rig) = rig else { return DM_FAILED };
-    catch_unwind(AssertUnwindSafe(|| run(&*rig))).unwrap_or(DM_FAILED)
+    stop("rig", DM_FAILED, || run(&*rig))
 }
 
 unsafe extern "C" fn lose(handle: u64) -> u32 {
@@ -133,7 +131,7 @@ unsafe extern "C" fn strand(handle: u64, port: dm_port) -> u32 {
 }
 
 unsafe extern "C" fn program<C: Constructor>(index: u32, to: *mut dm_program) -> u32 {
-    let written = catch_unwind(|| {
+    stop("rig.program", DM_FAILED, || {
         let programs = C::programs();
         let Some(program) = programs.get(index as usize) else {
             return DM_EMPTY;
@@ -144,6 +142,5 @@ unsafe extern "C" fn program<C: Constructor>(index: u32, to: *mut dm_program) ->
         // SAFETY: the caller's memory.
         unsafe { write_over(to, &raw) };
         DM_DONE
-    });
-    written.unwrap_or(DM_FAILED)
+    })
 }

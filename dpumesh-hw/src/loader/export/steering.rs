@@ -7,7 +7,7 @@ use dpumesh_core::{Backend, BackendExt, FlowSteering, Result};
 use super::super::abi::*;
 use super::super::codec::*;
 use super::instance as handle_of;
-use super::instance::Out;
+use super::instance::{Out, locked};
 
 pub(super) fn fill(table: &mut dm_ops) {
     table.steering_validate = Some(validate);
@@ -56,12 +56,18 @@ unsafe extern "C" fn apply(
     let out = Out(out);
     // SAFETY: the caller upholds the interface's contract: open handle, memory valid until the call ended.
     unsafe {
-        handle_of(handle).serve(
+        let instance = handle_of(handle);
+        instance.serve(
             "steering.apply",
             call,
             |backend, fence, reader| {
-                let batch = get_batch(&reader.one(batch, "batch")?, reader)?;
-                Ok(async move { part(&backend)?.apply(fence, &batch).await })
+                let spare = Arc::clone(&instance.spare);
+                let batch = get_batch(&reader.one(batch, "batch")?, reader, &mut locked(&spare))?;
+                Ok(async move {
+                    let outcome = part(&backend)?.apply(fence, &batch).await;
+                    locked(&spare).keep(batch);
+                    outcome
+                })
             },
             move |outcome, arena| {
                 // SAFETY: the caller's, until the call ended.
