@@ -436,7 +436,7 @@ impl Driver {
         let overdue = |since: &Instant| now.saturating_duration_since(*since) >= patience;
         let thread = self.inside().filter(|(_, since)| overdue(since));
         let others = self.watch.look(now, patience);
-        match thread.or(others.map(|(operation, since)| (operation.name(), since))) {
+        match thread.or_else(|| others.map(|(operation, since)| (operation.name(), since))) {
             Some((stuck, since)) => self.fail(stuck, since),
             None => self.heal(),
         }

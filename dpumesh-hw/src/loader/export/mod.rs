@@ -298,8 +298,8 @@ unsafe extern "C" fn capabilities(handle: u64, to: *mut dm_capabilities) {
 }
 
 unsafe extern "C" fn epoch(handle: u64) -> u64 {
-    // SAFETY: open handle.
     stop("backend.epoch", 0, || {
+        // SAFETY: open handle.
         unsafe { instance(handle) }.backend.epoch().0
     })
 }
