@@ -12,7 +12,7 @@
 //! functions have other network devices than before was reset meanwhile and begins a new epoch, without leases.
 
 use std::borrow::Cow;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use dpumesh_core::vf::{LeaseOwner, VfLease};
 use dpumesh_core::{
@@ -29,28 +29,32 @@ use crate::events::Subscription;
 use crate::isolation::Isolation;
 use crate::kernel::linux::Linux;
 use crate::kernel::{Kernel, KernelError, Spot};
+use crate::ports::{Gate, SriovPorts};
 use crate::record::{Life, Record};
+use crate::steering::CardSteering;
 use crate::vf::SriovVf;
-use crate::{NAME, Options, abilities};
+use crate::{NAME, Options, abilities, isolation, ports};
 
 /// An SR-IOV card as a [`Backend`].
 #[derive(Debug)]
 pub struct Card {
     inner: Arc<Inner>,
     vf: SriovVf,
+    ports: SriovPorts,
+    steering: CardSteering,
     parts: Parts,
 }
 
 /// Parts of a card that are not this crate's, or that stand on it.
 #[derive(Clone, Debug, Default)]
 pub struct Parts {
-    /// Rules in its eswitch.
+    /// Rules in its eswitch; `None`: by tc flower, in switchdev mode.
     pub steering: Option<Arc<dyn FlowSteering>>,
-    /// Frames of its ports.
+    /// Frames of its ports; `None`: by packet sockets, where the host sees them.
     pub ports: Option<Arc<dyn Ports>>,
     /// Shared-memory channels.
     pub transport: Option<Arc<dyn ShmTransport>>,
-    /// What these parts are able to do; `vf`, `mode` and `events` of it are ignored.
+    /// What these parts are able to do; `vf`, `mode` and `events` of it are ignored, and what is of a part that is `None`.
     pub capabilities: Capabilities,
 }
 
@@ -59,7 +63,9 @@ pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) kernel: Arc<dyn Kernel>,
     pub(crate) pfs: Vec<PciAddress>,
-    journal: Journal,
+    pub(crate) journal: Journal,
+    /// Ports that are open in this process.
+    pub(crate) gates: Mutex<Vec<Weak<Gate>>>,
     /// What everybody may read without touching the card.
     shown: RwLock<Shown>,
     /// One transaction of this process at a time: they wait here rather than in the kernel.
@@ -75,6 +81,8 @@ struct Shown {
     vf: VfCapabilities,
     switchdev: bool,
     isolation: Isolation,
+    /// Ports that can exist; 0: their frames cannot be had.
+    ports: u32,
 }
 
 /// A formerly held lease, as [`Card::former`] lists it.
@@ -125,6 +133,7 @@ impl Card {
             kernel,
             pfs,
             journal,
+            gates: Mutex::default(),
             shown: RwLock::default(),
             turn: Mutex::default(),
             changed: Arc::default(),
@@ -139,7 +148,15 @@ impl Card {
         }
         drop(opened);
         let vf = SriovVf::new(Arc::clone(&inner));
-        Ok(Arc::new(Self { inner, vf, parts }))
+        let ports = SriovPorts::new(Arc::clone(&inner), vf.clone());
+        let steering = CardSteering::new(Arc::clone(&inner));
+        Ok(Arc::new(Self {
+            inner,
+            vf,
+            ports,
+            steering,
+            parts,
+        }))
     }
 
     /// What keeps its VFs from talking past the host.
@@ -161,6 +178,10 @@ impl Card {
     pub fn look(&self) {
         // What it finds is shown; what keeps it from looking is told to the next call.
         let _ = self.inner.begin("sriov.look");
+    }
+
+    pub(crate) fn steering_part(&self) -> &CardSteering {
+        &self.steering
     }
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
@@ -187,6 +208,12 @@ impl Backend for Card {
         all.mode = if shown.switchdev { "switchdev" } else { "legacy" }.into();
         all.vf = shown.vf;
         all.events = EventKinds::LINK | EventKinds::VF;
+        if self.parts.steering.is_none() {
+            all.steering = self.steering.capabilities();
+        }
+        if self.parts.ports.is_none() {
+            all.ports = ports::capabilities(shown.ports);
+        }
         all
     }
 
@@ -199,7 +226,9 @@ impl Backend for Card {
     }
 
     fn steering(&self) -> Option<&dyn FlowSteering> {
-        self.parts.steering.as_deref()
+        let own: &dyn FlowSteering = &self.steering;
+        let foreign = self.parts.steering.as_deref();
+        foreign.or_else(|| self.steering.is_offered().then_some(own))
     }
 
     fn offload(&self) -> Option<&dyn NpOffload> {
@@ -211,7 +240,9 @@ impl Backend for Card {
     }
 
     fn ports(&self) -> Option<&dyn Ports> {
-        self.parts.ports.as_deref()
+        let own: &dyn Ports = &self.ports;
+        let foreign = self.parts.ports.as_deref();
+        foreign.or_else(|| (self.inner.shown().ports > 0).then_some(own))
     }
 
     fn events(&self) -> Box<dyn EventStream> {
@@ -224,6 +255,12 @@ const OPEN: &str = "sriov.open";
 impl Inner {
     fn shown(&self) -> Shown {
         self.shown.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The card's life, and whether it is in switchdev mode, as they were seen last.
+    pub(crate) fn mode(&self) -> (Epoch, bool) {
+        let shown = self.shown();
+        (shown.epoch, shown.switchdev)
     }
 
     /// Begins a transaction, the card being there or not.
@@ -308,6 +345,7 @@ impl Change<'_> {
             .journal
             .store(&self.guard, self.generation, &self.record);
         stored.map_err(|failed| journal_error(self.operation, failed))?;
+        self.close_ports();
         self.inner.changed.notify_waiters();
         Ok(())
     }
@@ -357,6 +395,7 @@ impl Change<'_> {
     }
 
     fn show(&self) {
+        self.close_ports();
         let abilities = &self.record.abilities;
         let pfs: Vec<Pf> = self.pfs().collect();
         let mut vf = VfCapabilities::default();
@@ -370,6 +409,10 @@ impl Change<'_> {
             let driver = pf.driver.as_deref().unwrap_or("no driver");
             format!("{:04x}:{:04x} at {} ({driver})", pf.id.0, pf.id.1, pf.pci)
         });
+        let sees = self.kernel().has_frames()
+            && self.inner.options.role.is_soc()
+            && (abilities.isolation == Isolation::Switchdev || isolation::owns_vlans(self));
+        let all: usize = pfs.iter().map(|pf| usize::from(pf.total_vfs) + 1).sum();
         let mut shown = self.inner.shown.write().unwrap_or_else(PoisonError::into_inner);
         *shown = Shown {
             epoch: self.record.epoch,
@@ -381,6 +424,11 @@ impl Change<'_> {
             vf: if self.record.away { shown.vf.clone() } else { vf },
             switchdev: abilities.switchdev,
             isolation: abilities.isolation.clone(),
+            ports: if sees {
+                all.try_into().unwrap_or(u32::MAX)
+            } else {
+                0
+            },
         };
     }
 

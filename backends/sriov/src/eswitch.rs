@@ -91,25 +91,29 @@ impl Card {
     /// # Errors
     /// `DeviceLost`, `Io`.
     pub fn representors(&self) -> Result<Vec<Representor>> {
-        let change = self.inner().look("sriov.representors")?;
-        let mut found = Vec::new();
-        for (index, pci) in (0..).zip(&self.inner().pfs) {
-            let mode = change
-                .kernel()
-                .eswitch_mode(*pci)
-                .map_err(|failed| change.failed(failed))?;
-            if mode == Some(EswitchMode::Switchdev) {
-                let ports = change
-                    .kernel()
-                    .ports(*pci)
-                    .map_err(|failed| change.failed(failed))?;
-                collect(&change, index, *pci, &ports, &mut found);
-            }
-        }
-        found.sort_by_key(|representor: &Representor| representor.port);
-        found.dedup_by_key(|representor| representor.port);
-        Ok(found)
+        representors(&self.inner().look("sriov.representors")?)
     }
+}
+
+/// What [`Card::representors`] tells, within a transaction.
+pub(crate) fn representors(change: &Change<'_>) -> Result<Vec<Representor>> {
+    let mut found = Vec::new();
+    for (index, pci) in (0..).zip(&change.inner.pfs) {
+        let mode = change
+            .kernel()
+            .eswitch_mode(*pci)
+            .map_err(|failed| change.failed(failed))?;
+        if mode == Some(EswitchMode::Switchdev) {
+            let ports = change
+                .kernel()
+                .ports(*pci)
+                .map_err(|failed| change.failed(failed))?;
+            collect(change, index, *pci, &ports, &mut found);
+        }
+    }
+    found.sort_by_key(|representor: &Representor| representor.port);
+    found.dedup_by_key(|representor| representor.port);
+    Ok(found)
 }
 
 fn collect(

@@ -13,7 +13,8 @@
 //!
 //! # What was seen on a real driver
 //! Intel 82576 (`igb`, `igbvf`, Linux 6.12, emulated by QEMU), three VFs in three namespaces, the PF, and the other end of the wire;
-//! `tests/qemu/run` runs the experiments (`tests/machine/lab.rs`), and the facts below are asserted there.
+//! `tests/machine/lab.rs` prints who saw what, and the table is from there. Asserted, in `tests/machine/own.rs`, is what a lease stands
+//! on: the bold entries, with foreign sources and foreign tags, and the frame for the PF with its tag. The rest is an observation.
 //!
 //! | a frame of VF 0 for | nothing set | all VFs in VLAN 101 | VFs in VLAN 101, 102, 103 |
 //! |---|---|---|---|
@@ -25,13 +26,14 @@
 //! | the PF | PF | PF (101) | PF (101) |
 //! | VF 0, *from the wire*, tagged 101 | PF (101) | VF 0 | VF 0 |
 //!
-//! * A VLAN for each VF stops every frame between VFs, also with a foreign source, a tag of its own, a trusted and
-//!   promiscuous receiver. The PF gets what is for its MAC or for everybody, with the VF's tag: the tag is the VF's identity,
+//! * A VLAN for each VF stops every frame between VFs, also with a foreign source or a tag of its own, and (observed)
+//!   for a trusted and promiscuous receiver. The PF gets what is for its MAC or for everybody, with the VF's tag: the tag is the VF's identity,
 //!   and nothing that the VF can send changes it. So a dataplane on the PF, whose MAC every pod has for its router, gets the pods' traffic.
 //! * It does not stop the wire: a frame for a station that is not on the card leaves under the tag, and one from the wire with the tag
 //!   reaches the VF. The PF, promiscuous or not, does not see them. Whoever names [`Options::vlans`](crate::Options::vlans)
 //!   vouches that the switch at the port drops these VLANs.
-//! * Spoof check alone stops nothing here, and `igb` refuses `hwmode vepa` (`EOPNOTSUPP`).
+//! * Observed: spoof check alone stops nothing here, and `igb` refuses `hwmode vepa` (`EOPNOTSUPP`). So [`Isolation::AntiLoopback`] was seen
+//!   on no real card; a test has it on a fake one.
 //! * With the PF switched off nothing passes at all.
 
 use dpumesh_core::{ErrorKind, PfIndex, PortRef, Result, VfAttributes, VlanId};
@@ -207,4 +209,49 @@ pub(crate) fn vlan_of(change: &Change<'_>, port: PortRef) -> Result<Option<u16>>
 pub(crate) fn owns_vlans(change: &Change<'_>) -> bool {
     change.record.abilities.isolation == Isolation::VlanPerVf
         && change.inner.options.protect == Protect::Required
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use dpumesh_core::vf::VfRequest;
+    use dpumesh_core::{Backend, BackendExt};
+
+    use super::*;
+    use crate::fake::{FakeMachine, Model};
+    use crate::{Options, Parts};
+
+    async fn lease_on(model: Model) -> (Isolation, Option<ErrorKind>, Vec<String>) {
+        let machine = FakeMachine::new(model).expect("a machine");
+        let options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
+        let card = Card::open_on(options, Arc::new(machine.clone()), Parts::default()).expect("opened");
+        let calls = machine.take_calls();
+        let vf = card.require_vf().expect("VFs");
+        vf.set_vf_count(card.fence(), PfIndex(0), 1).await.expect("made");
+        let leased = vf.lease(card.fence(), &VfRequest::new("pod")).await;
+        assert!(
+            card.ports().is_none() && card.steering().is_none(),
+            "the host sees no frame"
+        );
+        (card.isolation(), leased.err().map(|failed| failed.kind), calls)
+    }
+
+    #[tokio::test]
+    async fn without_vlans_a_card_that_knows_vepa_is_told_so_on_each_port() {
+        let (isolation, refused, calls) = lease_on(Model::mlx5()).await;
+        assert_eq!((&isolation, refused), (&Isolation::AntiLoopback, None));
+        assert!(isolation.holds() && !isolation.intercepts());
+        let told = calls.iter().filter(|call| call.contains("Vepa")).count();
+        assert_eq!(told, 2, "{calls:?}");
+    }
+
+    #[tokio::test]
+    async fn without_vlans_and_vepa_nothing_is_leased() {
+        for model in [Model::igb(), Model::bare()] {
+            let (isolation, refused, _) = lease_on(model).await;
+            assert!(!isolation.holds());
+            assert_eq!(refused, Some(ErrorKind::Denied));
+        }
+    }
 }

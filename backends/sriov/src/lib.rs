@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   Options ─► Card ── vf: leases, attributes, the way into a pod and back     VfAllocator
+//!               │  ├── ports: frames of VFs and uplinks, by packet sockets       Ports
+//!               │  ├── steering: rules on representors, by flower                FlowSteering
 //!               │  └── isolation: what keeps VFs from talking past the host    refuses what can be bypassed
 //!               │
 //!            record (dpumesh_hw::journal: written down before the card is touched)
@@ -17,6 +19,8 @@
 //! | `vf` | leases, attributes, attaching, releasing, reclaiming |
 //! | [`isolation`] | frames from VF to VF |
 //! | [`eswitch`] | its mode, representors |
+//! | `steering` | its rules, by [`flower`] on its representors |
+//! | `ports` | frames of VFs and uplinks |
 //! | [`flower`] | steering rules as filters of `tc flower` |
 //! | [`kernel`] | the seam to Linux |
 //! | `events` | a card that goes and comes, VFs and carriers |
@@ -35,13 +39,16 @@ pub mod flower;
 pub mod isolation;
 pub mod kernel;
 mod options;
+mod ports;
 mod record;
+mod steering;
 mod vf;
 
 pub use card::{Card, FormerLease, Parts};
 pub use eswitch::Representor;
 pub use isolation::{Isolation, TrunkPort};
 pub use options::{Options, Protect};
+pub use ports::Sieve;
 
 /// Compiles the example.
 #[cfg(doctest)]

@@ -5,18 +5,20 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dpumesh_core::{PciAddress, PortRef, VfAttributes};
+use dpumesh_core::{Mtu, PciAddress, PortIo, PortRef, Result, VfAttributes};
 use dpumesh_hw::netlink::vf::VLAN_8021Q;
 use dpumesh_hw::netlink::{
     BridgeMode, DevlinkPort, EswitchMode, Link, LinkIndex, LinkStatistics, PortFlavour, Vf, VfSetting,
 };
 use ipnet::IpNet;
 
+use super::frames::Air;
 use super::{Model, tree};
 use crate::abilities::VFIO;
 use crate::card::indices;
-use crate::discover;
+use crate::flower::fake::FakeKernel;
 use crate::kernel::{Kernel, KernelError, LinkEdit, Outcome, Spot};
+use crate::{Sieve, discover, flower};
 
 /// What a test's process dies of.
 #[derive(Debug)]
@@ -30,6 +32,8 @@ struct Shared {
     root: tempfile::TempDir,
     model: Model,
     state: Mutex<State>,
+    air: Air,
+    tc: FakeKernel,
 }
 
 #[derive(Debug)]
@@ -110,6 +114,8 @@ impl FakeMachine {
             root,
             model,
             state: Mutex::new(state),
+            air: Air::default(),
+            tc: FakeKernel::new(0, Some(1000)),
         })))
     }
 
@@ -257,6 +263,37 @@ impl FakeMachine {
             .iter()
             .find(|device| device.link.parent.as_deref() == Some(&pci));
         found.map(|device| device.link.clone())
+    }
+
+    /// A VF sends a frame.
+    pub fn send(&self, from: PortRef, octets: &[u8]) {
+        let mut state = self.state();
+        let Some((pf, index)) = indices(from) else { return };
+        let Some(vlan) = state.vf_mut(from).map(|vf| vf.admin.vlan) else {
+            return;
+        };
+        let pf = usize::from(pf.0);
+        let (pci, switchdev) = (state.pfs[pf].pci.to_string(), state.pfs[pf].switchdev);
+        let stands_for = |link: &Link| discover::representee(link).map(|(_, vf)| vf);
+        let wanted = switchdev.then_some(index);
+        let mut devices = state.devices.iter().filter(|device| device.namespace == HOST);
+        let found = devices
+            .find(|device| device.link.parent.as_deref() == Some(&pci) && stands_for(&device.link) == wanted);
+        let Some(link) = found.map(|device| device.link.index) else {
+            return;
+        };
+        drop(state);
+        let mut frame = octets.to_vec();
+        if vlan != 0 && !switchdev {
+            let [high, low] = vlan.to_be_bytes();
+            frame.splice(12..12, [0x81, 0, high, low]);
+        }
+        self.0.air.deliver(link, &frame);
+    }
+
+    /// Frames that the host sent since the last look, and at which of its devices.
+    pub fn take_sent(&self) -> Vec<(LinkIndex, Vec<u8>)> {
+        self.0.air.take_sent()
     }
 
     /// Puts a network device of somebody else's on the host.
@@ -622,6 +659,11 @@ impl Kernel for FakeMachine {
     fn links(&self, spot: &Spot) -> Outcome<Vec<Link>> {
         let state = self.state();
         let number = state.number(spot)?;
+        if number == HOST {
+            let own = state.devices.iter().filter(|device| device.namespace == HOST);
+            let links = own.map(|device| (device.link.index.0, device.link.name.clone()));
+            self.0.tc.with(|tc| tc.links = links.collect());
+        }
         let devices = state.devices.iter().filter(|device| device.namespace == number);
         Ok(devices.map(|device| device.link.clone()).collect())
     }
@@ -820,6 +862,18 @@ impl Kernel for FakeMachine {
             state.pfs[index].switchdev = mode == EswitchMode::Switchdev;
             Ok(())
         })
+    }
+
+    fn has_frames(&self) -> bool {
+        true
+    }
+
+    fn open_frames(&self, port: PortRef, link: &Link, mtu: Mtu, _: Sieve) -> Result<Box<dyn PortIo>> {
+        Ok(Box::new(self.0.air.open(port, link.index, mtu)))
+    }
+
+    fn traffic_control(&self) -> Option<Box<dyn flower::Kernel>> {
+        Some(Box::new(self.0.tc.clone()))
     }
 
     fn ports(&self, pf: PciAddress) -> Outcome<Vec<DevlinkPort>> {

@@ -6,6 +6,7 @@
 //! thing that a process does. So the conformance kit runs as nobody, and cards can be tested that no test machine has.
 
 pub mod fixture;
+mod frames;
 mod machine;
 mod tree;
 

@@ -10,12 +10,13 @@ use super::filter::{Filter, Place, RTM_DELTFILTER, RTM_GETTFILTER, RTM_NEWTFILTE
 use super::kernel::{Answer, Kernel, Message, Refusal, Request};
 use super::octets::{Writer, find, u32_at};
 
-/// The block of all fake cards.
+/// The block of fake cards that tests of this module make.
+#[cfg(test)]
 pub(super) const BLOCK: u32 = 77;
 
 /// What the fake kernel holds, and how it behaves.
 #[derive(Clone, Debug, Default)]
-pub(super) struct State {
+pub(crate) struct State {
     pub(super) filters: BTreeMap<Place, Vec<u8>>,
     /// Filters that the driver takes; `None`: it has no tc at all.
     pub(super) hardware: Option<usize>,
@@ -23,19 +24,20 @@ pub(super) struct State {
     pub(super) refuse: BTreeMap<u128, i32>,
     /// The link to it breaks.
     pub(super) broken: bool,
-    links: BTreeMap<u32, String>,
-    bound: BTreeSet<u32>,
+    pub(crate) links: BTreeMap<u32, String>,
+    /// Netdevs of the block, with its number.
+    bound: BTreeMap<u32, u32>,
     /// Netdevs with a qdisc of somebody else's.
     pub(super) taken: BTreeSet<u32>,
 }
 
 /// The kernel; clones share their state.
 #[derive(Clone, Debug)]
-pub(super) struct FakeKernel(pub(super) Arc<Mutex<State>>);
+pub(crate) struct FakeKernel(pub(super) Arc<Mutex<State>>);
 
 impl FakeKernel {
     /// Netdevs 1 to `links`, called `rep1`….
-    pub(super) fn new(links: u32, hardware: Option<usize>) -> Self {
+    pub(crate) fn new(links: u32, hardware: Option<usize>) -> Self {
         let links = (1..=links).map(|link| (link, format!("rep{link}"))).collect();
         Self(Arc::new(Mutex::new(State {
             links,
@@ -44,7 +46,7 @@ impl FakeKernel {
         })))
     }
 
-    pub(super) fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
+    pub(crate) fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
         look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -70,7 +72,8 @@ impl State {
                 .map(|(link, name)| link_message(*link, name))
                 .collect()),
             36 => {
-                self.bound.insert(link);
+                let block = find(&request.body[20..], 13).and_then(|block| u32_at(block, 0));
+                self.bound.insert(link, block.unwrap_or(0));
                 Ok(Vec::new())
             }
             37 => {
@@ -81,7 +84,10 @@ impl State {
                 Ok(Vec::new())
             }
             38 => {
-                let ours = self.bound.iter().map(|link| qdisc_message(*link, Some(BLOCK)));
+                let ours = self
+                    .bound
+                    .iter()
+                    .map(|(link, block)| qdisc_message(*link, Some(*block)));
                 Ok(ours
                     .chain(self.taken.iter().map(|link| qdisc_message(*link, None)))
                     .collect())
@@ -109,7 +115,9 @@ impl State {
     }
 
     fn add(&mut self, body: &[u8]) -> Answer {
-        let Some(shown) = Filter::read(body, BLOCK) else {
+        // A card's devices are all in one block.
+        let block = self.bound.values().next().copied().unwrap_or(0);
+        let Some(shown) = Filter::read(body, block) else {
             return Err(refusal(libc::EINVAL));
         };
         let filter = shown.filter;
@@ -119,7 +127,7 @@ impl State {
         let same = self
             .filters
             .values()
-            .filter_map(|body| Filter::read(body, BLOCK))
+            .filter_map(|body| Filter::read(body, block))
             .any(|there| {
                 let there = there.filter;
                 (there.place.chain, there.place.prio) == (filter.place.chain, filter.place.prio)
@@ -131,7 +139,7 @@ impl State {
         let used = self
             .filters
             .values()
-            .filter(|body| Filter::read(body, BLOCK).is_some_and(|s| s.in_hardware))
+            .filter(|body| Filter::read(body, block).is_some_and(|s| s.in_hardware))
             .count();
         let taken = filter.skip != Skip::Hardware && self.hardware.is_some_and(|room| used < room);
         if filter.skip == Skip::Software && !taken {

@@ -33,8 +33,8 @@ mod step;
 mod table;
 mod translate;
 
-#[cfg(test)]
-mod fake;
+#[cfg(feature = "fake")]
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 

@@ -5,15 +5,19 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use dpumesh_core::PciAddress;
+use dpumesh_core::{ErrorKind, Mtu, PciAddress, PortIo, PortRef, Result};
 use dpumesh_hw::netlink::{
     Address, BridgeMode, Devlink, DevlinkPort, EswitchMode, Link, LinkChange, LinkIndex, Netlink, Vf,
     VfSetting,
 };
 use dpumesh_hw::netns::Namespace;
+use dpumesh_tap::device::{PacketOptions, PacketPort};
 use ipnet::IpNet;
+use socket2::{SockFilter, SockRef};
 
 use super::{Kernel, KernelError, LinkEdit, Outcome, Spot};
+use crate::card::{error, kernel_error};
+use crate::{Sieve, flower};
 
 /// The kernel, seen from one network namespace.
 #[derive(Debug)]
@@ -180,6 +184,78 @@ impl Kernel for Linux {
 
     fn ports(&self, pf: PciAddress) -> Outcome<Vec<DevlinkPort>> {
         self.with_devlink(Vec::new(), |devlink| Ok(devlink.ports(&pf.to_string())?))
+    }
+
+    fn has_frames(&self) -> bool {
+        true
+    }
+
+    fn open_frames(&self, port: PortRef, link: &Link, mtu: Mtu, sieve: Sieve) -> Result<Box<dyn PortIo>> {
+        let options = PacketOptions { bypass_qdisc: false };
+        let device = PacketPort::open(port, &self.host, &link.name, mtu, options)?;
+        if let Some(socket) = device.poll_fd() {
+            let attached = SockRef::from(&socket).attach_filter(&filter(sieve));
+            attached.map_err(|failed| {
+                let message = format!("filter of the packet socket: {failed}");
+                error(ErrorKind::Io, "ports.open", message).source(failed)
+            })?;
+        }
+        // It was opened by its name, which may be another's by now.
+        let links = self
+            .links(&Spot::Host)
+            .map_err(|failed| kernel_error("ports.open", failed))?;
+        let same = |other: &Link| {
+            (other.index, &other.name, &other.parent) == (link.index, &link.name, &link.parent)
+        };
+        if !links.iter().any(same) {
+            let message = format!("network device {} is another by now", link.name);
+            return Err(error(ErrorKind::DeviceLost, "ports.open", message));
+        }
+        Ok(Box::new(device))
+    }
+
+    fn traffic_control(&self) -> Option<Box<dyn flower::Kernel>> {
+        let opened = self.host.run(flower::Socket::open).ok()?;
+        Some(Box::new(opened.ok()?))
+    }
+}
+
+/// A sieve as a classic BPF program (kernel `Documentation/networking/filter.rst`): what it returns is how many octets pass.
+fn filter(sieve: Sieve) -> Vec<SockFilter> {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const AND: u16 = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const AT_LEAST: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
+    const ABOVE: u16 = (libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    // Relative to the packet's own data about it; the kernel takes the tag off before a packet socket sees the frame.
+    let told = |what: libc::c_int| (libc::SKF_AD_OFF + what) as u32;
+    let present = SockFilter::new(LOAD, 0, 0, told(libc::SKF_AD_VLAN_TAG_PRESENT));
+    let tag = SockFilter::new(LOAD, 0, 0, told(libc::SKF_AD_VLAN_TAG));
+    let id = SockFilter::new(AND, 0, 0, 0xfff);
+    let all = SockFilter::new(RETURN, 0, 0, u32::MAX);
+    let none = SockFilter::new(RETURN, 0, 0, 0);
+    match sieve {
+        Sieve::All => vec![all],
+        Sieve::Tagged(vlan) => vec![
+            present,
+            SockFilter::new(EQUAL, 3, 0, 0),
+            tag,
+            id,
+            SockFilter::new(EQUAL, 1, 0, vlan.get().into()),
+            none,
+            all,
+        ],
+        Sieve::Except(first, last) => vec![
+            present,
+            SockFilter::new(EQUAL, 4, 0, 0),
+            tag,
+            id,
+            SockFilter::new(AT_LEAST, 0, 1, first.into()),
+            SockFilter::new(ABOVE, 0, 1, last.into()),
+            all,
+            none,
+        ],
     }
 }
 

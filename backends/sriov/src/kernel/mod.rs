@@ -9,11 +9,14 @@ pub mod linux;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use dpumesh_core::PciAddress;
+use dpumesh_core::{ErrorKind, Mtu, PciAddress, PortIo, PortRef, Result};
 use dpumesh_hw::netlink::{
     BridgeMode, DevlinkPort, EswitchMode, Link, LinkIndex, NetlinkError, Vf, VfSetting,
 };
 use ipnet::IpNet;
+
+use crate::Sieve;
+use crate::card::error;
 
 /// What the backend asks of the kernel. Calls block; each is one system call or one netlink request with its answer.
 pub trait Kernel: Send + Sync + fmt::Debug {
@@ -110,10 +113,29 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// # Errors
     /// If the kernel refuses the question.
     fn ports(&self, pf: PciAddress) -> Outcome<Vec<DevlinkPort>>;
+
+    /// Frames of network devices can be had: [`Kernel::open_frames`] works.
+    fn has_frames(&self) -> bool {
+        false
+    }
+
+    /// Opens the frames of a network device of the host, VLAN tags in them. What the sieve does not want may come as well.
+    ///
+    /// # Errors
+    /// `Unsupported` without [`Kernel::has_frames`]; `DeviceLost` when the device is another by now, `Denied`, `Io`.
+    fn open_frames(&self, port: PortRef, _: &Link, _: Mtu, _: Sieve) -> Result<Box<dyn PortIo>> {
+        let message = "this kernel has no packet sockets";
+        Err(error(ErrorKind::Unsupported, "ports.open", message).object(port))
+    }
+
+    /// Traffic control of the host's namespace; `None`: there is none.
+    fn traffic_control(&self) -> Option<Box<dyn crate::flower::Kernel>> {
+        None
+    }
 }
 
 /// What a kernel call gives.
-pub type Outcome<T> = Result<T, KernelError>;
+pub type Outcome<T> = std::result::Result<T, KernelError>;
 
 /// A kernel call that failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

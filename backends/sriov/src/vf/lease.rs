@@ -137,7 +137,7 @@ impl SriovVf {
 
 impl Change<'_> {
     /// A VF that must be on the bus.
-    pub(super) fn function(&self, port: PortRef) -> Result<VirtualFunction> {
+    pub(crate) fn function(&self, port: PortRef) -> Result<VirtualFunction> {
         self.vf(port).ok_or_else(|| {
             self.refuse(ErrorKind::NotFound, "there is no such VF")
                 .object(port)

@@ -35,6 +35,7 @@ use dpumesh_core::{Effect, ErrorKind, Fence, MacAddr, Mtu, PfIndex, PortRef, Res
 use crate::card::{Change, FormerLease, Inner, error, indices};
 use crate::discover::VirtualFunction;
 use crate::record::{Held, Place};
+pub(crate) use locate::mtu_of;
 use locate::{Whereabouts, mac_of};
 
 /// VFs of a card.

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use dpumesh_core::offload::Program;
 use dpumesh_core::vf::ResetLevel;
-use dpumesh_core::{Backend, BackendExt, Error, ErrorKind, PciAddress, PfIndex, PortRef, Result};
+use dpumesh_core::{
+    Backend, BackendExt, Error, ErrorKind, Mtu, PciAddress, PfIndex, PortIo, PortRef, Result,
+};
 use dpumesh_hw::conformance::{
     CASES, Case, Clock, Crash, Expectations, Fixture, Namespaces, Probe, Report, Reset, Rig, Sabotage,
     run as run_kit,
@@ -24,7 +26,7 @@ use dpumesh_hw::netlink::{
 use dpumesh_hw::netns::Namespace;
 use dpumesh_sriov::kernel::linux::Linux;
 use dpumesh_sriov::kernel::{Kernel, KernelError, LinkEdit, Outcome, Spot};
-use dpumesh_sriov::{Card, Options, Parts};
+use dpumesh_sriov::{Card, Options, Parts, Sieve};
 use ipnet::IpNet;
 
 use crate::{PF, WIRE_NETDEV};
@@ -419,5 +421,13 @@ impl Kernel for Jammable {
 
     fn ports(&self, pf: PciAddress) -> Outcome<Vec<DevlinkPort>> {
         self.kernel.ports(pf)
+    }
+
+    fn has_frames(&self) -> bool {
+        self.kernel.has_frames()
+    }
+
+    fn open_frames(&self, port: PortRef, link: &Link, mtu: Mtu, sieve: Sieve) -> Result<Box<dyn PortIo>> {
+        self.kernel.open_frames(port, link, mtu, sieve)
     }
 }
