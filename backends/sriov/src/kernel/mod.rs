@@ -1,6 +1,6 @@
 //! The seam between the backend and Linux: everything that it asks of the kernel, as one trait.
 //!
-//! [`Linux`](linux::Linux) is the kernel; [`crate::fake`] is a card that is not there, for crash points and for NICs that no
+//! [`Linux`](linux::Linux) is the kernel; module `fake` (with that feature) is a card that is not there, for crash points and for NICs that no
 //! test machine has. Reading sysfs is ordinary file reading below [`Kernel::sysfs`]; writing it goes through the
 //! trait, because a write has consequences.
 
