@@ -424,10 +424,10 @@ impl Change<'_> {
             vf: if self.record.away { shown.vf.clone() } else { vf },
             switchdev: abilities.switchdev,
             isolation: abilities.isolation.clone(),
-            ports: if sees {
-                all.try_into().unwrap_or(u32::MAX)
-            } else {
-                0
+            ports: match (self.record.away, sees) {
+                (true, _) => shown.ports,
+                (false, true) => all.try_into().unwrap_or(u32::MAX),
+                (false, false) => 0,
             },
         };
     }

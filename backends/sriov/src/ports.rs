@@ -91,8 +91,13 @@ impl SriovPorts {
     }
 
     fn observe(&self) -> Result<Vec<PortInfo>> {
-        let vfs = self.vf.observe()?;
-        let change = self.card.look("ports.list")?;
+        const LIST: &str = "ports.list";
+        drop(self.card.look(LIST)?);
+        let vfs = self.vf.observe().map_err(|mut failed| {
+            failed.operation = LIST.into();
+            failed
+        })?;
+        let change = self.card.look(LIST)?;
         let mut ports = Vec::new();
         for pf in (0..self.card.pfs.len()).filter_map(|pf| u16::try_from(pf).ok()) {
             let way = uplink(&change, pf)?;
