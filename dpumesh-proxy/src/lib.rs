@@ -1,7 +1,7 @@
 //! The shared service proxy of a DPU's SoC.
 //!
 //! ```text
-//! listener ─► filter chain ─► tls ─┬─ http1::serve ─► route ─┐
+//! listener ─► filter chain ─► tls ─┬─ http1::serve ─► route ─┐   (http2: frames on either side)
 //!                                  └─ tcp::relay ────────────┴─► upstream: cluster ─► endpoint ─► tls ─► connection
 //! ```
 //! Reads an Envoy v3 bootstrap ([`config`]), serves Envoy's admin paths ([`admin`]) and Envoy's statistics
@@ -17,6 +17,7 @@ pub mod config;
 pub mod dataplane;
 pub mod entry;
 pub mod http1;
+pub mod http2;
 pub mod listener;
 pub mod program;
 pub mod rbac;

@@ -45,7 +45,7 @@ const LOOK: Duration = Duration::from_millis(100);
 #[command(
     name = "dpu-proxy",
     version,
-    about = "The shared service proxy of a DPU: reads an Envoy v3 bootstrap, proxies HTTP/1.1 and TCP",
+    about = "The shared service proxy of a DPU: reads an Envoy v3 bootstrap, proxies HTTP/1.1, HTTP/2 and TCP",
     after_help = "\
 Examples:
   dpu-proxy -c proxy.yaml                              serve

@@ -81,6 +81,8 @@ pub struct RouteMatch {
     pub headers: Vec<HeaderMatch>,
     /// Query parameter rules; all must hold.
     pub query: Vec<QueryMatch>,
+    /// Only gRPC requests (`grpc`).
+    pub grpc: bool,
 }
 
 /// A path rule.
@@ -176,6 +178,8 @@ pub struct Forward {
     pub not_found_status: u16,
     /// From the end of the request to the end of the response; `None` is no limit.
     pub timeout: Option<Duration>,
+    /// A gRPC request may say its own limit (`grpc-timeout`), up to this; `Some(None)` is no bound.
+    pub grpc_timeout: Option<Option<Duration>>,
     /// Replaces the connection manager's stream idle timeout: `Some(None)` switches it off.
     pub idle_timeout: Option<Option<Duration>>,
     /// Replaces the path or a part of it.
@@ -385,7 +389,14 @@ impl RouteMatch {
         self.path.holds(bare, self.case_sensitive)
             && self.headers.iter().all(|h| h.holds(request))
             && (self.query.is_empty() || self.query.iter().all(|q| q.holds(&path[bare.len()..])))
+            && (!self.grpc || is_grpc(request))
     }
+}
+
+fn is_grpc(request: &impl RequestView) -> bool {
+    let mut grpc = false;
+    request.each_header(b"content-type", &mut |value| grpc |= crate::http1::is_grpc(value));
+    grpc
 }
 
 impl PathMatch {
@@ -541,6 +552,7 @@ mod tests {
             path: PathMatch::Prefix(b"/".to_vec()),
             case_sensitive: true,
             headers: Vec::new(),
+            grpc: false,
             query: Vec::new(),
         };
         let action = Action::Direct {

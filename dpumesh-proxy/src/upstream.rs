@@ -17,9 +17,12 @@ use dpumesh_hw::stream::kernel::{self, Origin};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::config::model::{Balance, Cluster, ClusterKind};
+use crate::config::model::{Balance, Cluster, ClusterKind, Protocol};
+use crate::http2;
+use crate::http2::call::Call;
+use crate::http2::pool::{Pool, Terms};
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
 use crate::tls::{ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
@@ -29,9 +32,6 @@ const IDLE_PER_KEY: usize = 512;
 
 /// Idle connections that are not for everybody, kept per endpoint over all keys, at most.
 const IDLE_KEYED: usize = 1024;
-
-/// Why there is no connection to endpoints that speak HTTP/2 only.
-const HTTP2: &str = "the cluster speaks HTTP/2 (http2_protocol_options), which is not supported yet";
 
 /// How long a request that waits for a connection sleeps before it looks at the other workers' counters again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -60,6 +60,7 @@ pub struct EndpointLane {
     idle: RefCell<Vec<Pooled>>,
     keyed: RefCell<HashMap<Key, Vec<Pooled>>>,
     idle_keyed: Cell<usize>,
+    http2: Pool<Option<Key>>,
 }
 
 /// What connections to one endpoint differ by.
@@ -73,8 +74,9 @@ struct Key {
     protocols: Option<Protocols>,
 }
 
+/// Wakes requests that wait for a connection.
 #[derive(Debug, Default)]
-struct Freed {
+pub struct Freed {
     notify: Notify,
     waiting: Cell<u32>,
 }
@@ -87,7 +89,8 @@ pub struct Pooled {
     /// Requests it has served.
     pub requests: u64,
     since: Instant,
-    _open: Open,
+    /// Of a stream of HTTP/2 the connection is counted, not the stream.
+    _open: Option<Open>,
 }
 
 /// Counts a connection from the attempt to make it until it is gone.
@@ -106,8 +109,28 @@ impl Drop for Open {
     }
 }
 
+impl Pooled {
+    fn of_stream(stream: Stream, open: Open) -> Self {
+        Self {
+            stream,
+            requests: 0,
+            since: Instant::now(),
+            _open: Some(open),
+        }
+    }
+
+    fn of_call(call: Call) -> Self {
+        Self {
+            stream: Stream::Call(Box::new(call)),
+            requests: 0,
+            since: Instant::now(),
+            _open: None,
+        }
+    }
+}
+
 impl Freed {
-    fn wake_one(&self) {
+    pub(crate) fn wake_one(&self) {
         if self.waiting.get() > 0 {
             self.notify.notify_one();
         }
@@ -236,6 +259,12 @@ impl Lane {
     pub fn take_idle(&self, picked: &Picked, peer: &Peer, careful: bool) -> Option<Pooled> {
         let endpoint = &picked.endpoint;
         let key = endpoint.key(peer);
+        if self.may_speak_http2(peer) {
+            let call = endpoint.http2.take(&key, &self.terms(peer));
+            if call.is_some() || self.cluster.protocol != Protocol::Auto {
+                return call.map(Pooled::of_call);
+            }
+        }
         loop {
             let mut pooled = match &key {
                 None => endpoint.idle.borrow_mut().pop()?,
@@ -246,7 +275,7 @@ impl Lane {
                 }
             };
             // Readable while idle means closed or out of step. The first look costs no system call.
-            if pooled.stream.is_silent() && (!careful || is_silent(pooled.stream.socket())) {
+            if pooled.stream.is_silent() && (!careful || pooled.stream.socket().is_some_and(is_silent)) {
                 return Some(pooled);
             }
         }
@@ -257,7 +286,76 @@ impl Lane {
     /// # Errors
     /// As [`NoConnection`] says.
     pub async fn connect(&self, picked: &Picked, peer: &Peer) -> Result<Pooled, NoConnection> {
-        self.wait_for_room(picked).await?;
+        if self.may_speak_http2(peer) {
+            return self.connect_http2(picked, peer).await;
+        }
+        self.wait_for_room(picked, || false).await?;
+        self.dial(picked, peer, async |stream, open| {
+            self.cluster.stats.inc(self.shard, Stat::CxHttp1Total);
+            Ok(Pooled::of_stream(stream, open))
+        })
+        .await
+    }
+
+    /// A stream on a connection that others are making, or on one made here.
+    async fn connect_http2(&self, picked: &Picked, peer: &Peer) -> Result<Pooled, NoConnection> {
+        let (endpoint, terms) = (&picked.endpoint, self.terms(peer));
+        let key = endpoint.key(peer);
+        let limit = Instant::now() + self.cluster.connect_timeout;
+        let Ok(_making) = timeout_at(limit, endpoint.http2.making.lock()).await else {
+            return Err(NoConnection::TimedOut);
+        };
+        let mut found = endpoint.http2.take(&key, &terms);
+        if found.is_none() {
+            let look = || {
+                found = endpoint.http2.take(&key, &terms);
+                found.is_some()
+            };
+            self.wait_for_room(picked, look).await?;
+        }
+        if let Some(call) = found {
+            return Ok(Pooled::of_call(call));
+        }
+        self.dial(picked, peer, async |stream, open| {
+            let agreed = match &stream {
+                Stream::Tls(tls) => tls.get_ref().1.alpn_protocol(),
+                _ => None,
+            };
+            if self.cluster.protocol == Protocol::Auto && agreed != Some(http2::ALPN) {
+                self.cluster.stats.inc(self.shard, Stat::CxHttp1Total);
+                return Ok(Pooled::of_stream(stream, open));
+            }
+            self.cluster.stats.inc(self.shard, Stat::CxHttp2Total);
+            let call = endpoint.http2.begin(key, stream, &terms, open).await?;
+            Ok(Pooled::of_call(call))
+        })
+        .await
+    }
+
+    fn may_speak_http2(&self, peer: &Peer) -> bool {
+        match self.cluster.protocol {
+            Protocol::Http1 => false,
+            Protocol::Http2 | Protocol::Auto => true,
+            Protocol::Downstream => peer.http2,
+        }
+    }
+
+    fn terms(&self, peer: &Peer) -> Terms<'_> {
+        Terms {
+            http2: &self.cluster.http2,
+            most_requests: self.cluster.max_requests_per_connection,
+            for_http2: peer.http2,
+            freed: &self.freed,
+        }
+    }
+
+    /// Makes a connection; `begin` makes of it what requests go by.
+    async fn dial(
+        &self,
+        picked: &Picked,
+        peer: &Peer,
+        begin: impl AsyncFnOnce(Stream, Open) -> io::Result<Pooled>,
+    ) -> Result<Pooled, NoConnection> {
         let (stats, shard) = (&self.cluster.stats, self.shard);
         stats.inc(shard, Stat::CxTotal);
         stats.inc(shard, Stat::CxActive);
@@ -266,16 +364,9 @@ impl Lane {
             shard,
             freed: Rc::clone(&self.freed),
         };
-        let attempt = timeout(self.cluster.connect_timeout, self.open(&picked.endpoint, peer)).await;
-        let failure = match attempt {
-            Ok(Ok(stream)) => {
-                return Ok(Pooled {
-                    stream,
-                    requests: 0,
-                    since: Instant::now(),
-                    _open: open,
-                });
-            }
+        let attempt = async { begin(self.open(&picked.endpoint, peer).await?, open).await };
+        let failure = match timeout(self.cluster.connect_timeout, attempt).await {
+            Ok(Ok(pooled)) => return Ok(pooled),
             Ok(Err(error)) => NoConnection::Failed(error),
             Err(_) => {
                 stats.inc(shard, Stat::CxConnectTimeout);
@@ -288,9 +379,6 @@ impl Lane {
 
     /// TCP, and TLS over it where the endpoint has it.
     async fn open(&self, endpoint: &EndpointLane, peer: &Peer) -> io::Result<Stream> {
-        if self.cluster.http2 {
-            return Err(io::Error::other(HTTP2));
-        }
         let socket = kernel::connect(endpoint.address, peer.source).await?;
         let Some(tls) = &endpoint.tls else {
             return Ok(Stream::Plain(socket));
@@ -310,7 +398,12 @@ impl Lane {
         }
     }
 
-    async fn wait_for_room(&self, picked: &Picked) -> Result<(), NoConnection> {
+    /// Waits until a connection may be made, or `found` says that none is needed.
+    async fn wait_for_room(
+        &self,
+        picked: &Picked,
+        mut found: impl FnMut() -> bool,
+    ) -> Result<(), NoConnection> {
         let (stats, shard, limits) = (&self.cluster.stats, self.shard, self.cluster.limits);
         let full = || stats.get(Stat::CxActive) >= u64::from(limits.max_connections);
         if !full() {
@@ -327,7 +420,7 @@ impl Lane {
         }
         stats.inc(shard, Stat::RqPendingTotal);
         let _waiting = Waiting::new(self);
-        while full() {
+        while full() && !found() {
             let _ = timeout(LOOK_AGAIN, self.freed.notify.notified()).await;
             self.close_an_idle_one(picked);
         }
@@ -345,6 +438,10 @@ impl Lane {
 
     /// Puts a connection back that may serve again.
     pub fn give_back(&self, picked: &Picked, peer: &Peer, mut pooled: Pooled) {
+        if pooled.stream.is_http2() {
+            // Its connection is in the pool all the time.
+            return;
+        }
         pooled.requests += 1;
         let most = self.cluster.max_requests_per_connection;
         if most > 0 && pooled.requests >= most {
@@ -419,6 +516,7 @@ impl EndpointLane {
             idle: RefCell::default(),
             keyed: RefCell::default(),
             idle_keyed: Cell::new(0),
+            http2: Pool::default(),
         }
     }
 
@@ -462,7 +560,7 @@ impl EndpointLane {
     }
 
     fn is_empty(&self) -> bool {
-        self.idle.borrow().is_empty() && self.idle_keyed.get() == 0
+        self.idle.borrow().is_empty() && self.idle_keyed.get() == 0 && self.http2.is_empty()
     }
 
     fn close_one_idle(&self) -> bool {
@@ -473,7 +571,7 @@ impl EndpointLane {
         if popped.is_some() {
             self.idle_keyed.set(self.idle_keyed.get() - 1);
         }
-        popped.is_some()
+        popped.is_some() || self.http2.close_one_idle()
     }
 
     fn sweep(&self, now: Instant, idle_timeout: Option<Duration>, timed_out: &dyn Fn()) {
@@ -491,5 +589,6 @@ impl EndpointLane {
             !idle.is_empty()
         });
         self.idle_keyed.set(pools.values().map(Vec::len).sum());
+        self.http2.sweep(now, idle_timeout, timed_out);
     }
 }

@@ -24,10 +24,10 @@ use tokio::time::Instant;
 
 use crate::access_log::Lines;
 use crate::config::model::{Config, FilterChain, Listener, Terminal};
-use crate::http1::buffer::Buffer;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
+use crate::http1::{self, buffer::Buffer};
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
 use crate::rbac;
@@ -129,6 +129,14 @@ pub struct Buffers {
     pub response: ResponseHead,
 }
 
+impl Buffers {
+    /// Whether the request is gRPC.
+    pub fn is_grpc(&self) -> bool {
+        let kind = self.request.fields.get(self.request_in.head(), b"content-type");
+        kind.is_some_and(http1::is_grpc)
+    }
+}
+
 /// Where a connection came in: which chain of which listener.
 #[derive(Debug, Clone)]
 pub struct Place {
@@ -163,6 +171,8 @@ pub struct Peer {
     pub connection: Arc<Connection>,
     /// Application protocols that upstream TLS offers for this connection's requests, instead of the cluster's own.
     pub protocols: Option<Protocols>,
+    /// Whether it speaks HTTP/2.
+    pub http2: bool,
 }
 
 #[derive(Debug, Default)]
@@ -536,6 +546,7 @@ async fn connection(
             Terminal::Http(manager) => manager.policy.upstream_protocols.clone().map(Protocols),
             Terminal::Tcp(_) => None,
         },
+        http2: false,
     };
     if let Err(details) = rbac::admit(&chain.rbac, &peer, shard) {
         tcp::log_refused(&worker, &terminal, &peer, details);

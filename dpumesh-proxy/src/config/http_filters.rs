@@ -5,7 +5,7 @@
 //! | `rbac` | [`super::rbac`]; LOG, metadata and filter state are refused |
 //! | `fault`, `cors` | [`super::route_policy`]; what the route says goes before what the filter says |
 //! | `set_filter_state` | only `envoy.network.application_protocols`: what is offered to endpoints in TLS |
-//! | `grpc_stats` | accepted, counts nothing: gRPC needs HTTP/2, which is not spoken here |
+//! | `grpc_stats` | accepted, counts nothing |
 //! | `router` | last |
 
 use std::sync::Arc;

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use super::dump::Dump;
 use crate::access_log::AccessLog;
 use crate::http1::policy::HttpPolicy;
+use crate::http2;
 use crate::listener::{Facts, Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::Scope;
@@ -228,6 +229,10 @@ pub struct HttpManager {
     pub max_head: usize,
     /// The most header lines.
     pub max_headers: usize,
+    /// What clients speak.
+    pub codec: Codec,
+    /// Limits of their HTTP/2 connections.
+    pub http2: Http2,
     /// Requests after which the connection is closed; 0 is no limit.
     pub max_requests: u64,
     /// Header names with underscores.
@@ -295,10 +300,57 @@ pub struct Cluster {
     pub schedule: Vec<u32>,
     /// `cluster.NAME.*`
     pub stats: Arc<Scope>,
-    /// Whether its endpoints speak HTTP/2 only, which this proxy does not: no connection is made.
-    pub http2: bool,
+    /// What its endpoints speak.
+    pub protocol: Protocol,
+    /// Limits of HTTP/2 connections to them.
+    pub http2: Http2,
     /// Whether it came by CDS.
     pub dynamic: bool,
+}
+
+/// What a cluster's endpoints speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2, whatever the TLS handshake agrees on.
+    Http2,
+    /// What the client speaks.
+    Downstream,
+    /// What the TLS handshake agrees on; HTTP/1.1 where it says nothing.
+    Auto,
+}
+
+/// Limits of HTTP/2 connections, from one end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Http2 {
+    /// Streams open at once.
+    pub streams: u32,
+    /// A stream's window, octets.
+    pub stream_window: u32,
+    /// A connection's window, octets.
+    pub connection_window: u32,
+}
+
+impl Default for Http2 {
+    fn default() -> Self {
+        Self {
+            streams: http2::STREAMS,
+            stream_window: http2::STREAM_WINDOW,
+            connection_window: http2::CONNECTION_WINDOW,
+        }
+    }
+}
+
+/// `codec_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codec {
+    /// What ALPN says, or the client's first octets.
+    Auto,
+    /// HTTP/1.
+    Http1,
+    /// HTTP/2.
+    Http2,
 }
 
 /// Where a cluster's endpoints come from.

@@ -107,7 +107,8 @@ pub(super) fn fault(at: &At) -> Result<Fault> {
     }
     if let Some(abort) = at.message("abort") {
         let status = if abort.has("grpc_status") {
-            // What Envoy answers to a request that is not gRPC; gRPC itself needs HTTP/2, which is not spoken here.
+            fault.grpc_status = Some(abort.number_or("grpc_status", 0));
+            // What Envoy answers to a request that is not gRPC.
             200
         } else {
             let status = abort.number_or("http_status", 0);

@@ -147,6 +147,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "server_header_transformation",
             "common_http_protocol_options",
             "http_protocol_options",
+            "http2_protocol_options",
             "request_headers_timeout",
             "stream_idle_timeout",
             "max_request_headers_kb",
@@ -307,7 +308,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.route.v3.RouteAction.MaxStreamDuration",
-        &["max_stream_duration"],
+        &["max_stream_duration", "grpc_timeout_header_max"],
     ),
     (
         "envoy.type.matcher.v3.RegexMatchAndSubstitute",
@@ -344,6 +345,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "common_http_protocol_options",
             "explicit_http_config",
             "use_downstream_protocol_config",
+            "auto_config",
         ],
     ),
     (
@@ -406,8 +408,10 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "case_sensitive",
             "headers",
             "query_parameters",
+            "grpc",
         ],
     ),
+    ("envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions", &[]),
     ("envoy.type.matcher.v3.RegexMatcher", &["regex"]),
     (
         "envoy.config.route.v3.HeaderMatcher",
@@ -455,6 +459,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "regex_rewrite",
             "retry_policy",
             "max_stream_duration",
+            "max_grpc_timeout",
         ],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
@@ -505,6 +510,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "circuit_breakers",
             "common_http_protocol_options",
             "http_protocol_options",
+            "http2_protocol_options",
             "max_requests_per_connection",
             "typed_extension_protocol_options",
             "transport_socket",
@@ -763,9 +769,20 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
-        &["http_protocol_options"],
+        &["http_protocol_options", "http2_protocol_options"],
     ),
-    ("envoy.config.core.v3.Http2ProtocolOptions", &[]),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.AutoHttpConfig",
+        &["http_protocol_options", "http2_protocol_options"],
+    ),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        &[
+            "max_concurrent_streams",
+            "initial_stream_window_size",
+            "initial_connection_window_size",
+        ],
+    ),
     (
         "envoy.config.cluster.v3.Cluster.CommonLbConfig",
         &["healthy_panic_threshold"],
@@ -847,24 +864,14 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "picks another priority; only priority 0 is accepted",
     ),
     (
-        "envoy.config.route.v3.RouteAction",
-        "max_grpc_timeout",
-        "gRPC needs HTTP/2, which is not spoken here",
-    ),
-    (
-        "envoy.config.route.v3.RouteAction.MaxStreamDuration",
-        "grpc_timeout_header_max",
-        "gRPC needs HTTP/2, which is not spoken here",
-    ),
-    (
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "emit_filter_state",
-        "gRPC needs HTTP/2, which is not spoken here",
+        "accepted, counts nothing: no statistics by gRPC method are kept",
     ),
     (
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "stats_for_all_methods",
-        "gRPC needs HTTP/2, which is not spoken here",
+        "accepted, counts nothing: no statistics by gRPC method are kept",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",
@@ -957,29 +964,9 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "no acknowledgement goes out for a file",
     ),
     (
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
-        "http2_protocol_options",
-        "clients speak HTTP/1.1 here, so endpoints are spoken to in HTTP/1.1",
-    ),
-    (
-        "envoy.config.core.v3.Http2ProtocolOptions",
-        "max_concurrent_streams",
-        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
-    ),
-    (
-        "envoy.config.core.v3.Http2ProtocolOptions",
-        "initial_stream_window_size",
-        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
-    ),
-    (
-        "envoy.config.core.v3.Http2ProtocolOptions",
-        "initial_connection_window_size",
-        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
-    ),
-    (
         "envoy.config.core.v3.Http2ProtocolOptions",
         "connection_keepalive",
-        "HTTP/2 is not spoken: a cluster that asks for it gives 503",
+        "no keep-alive pings are sent: a dead connection is found by time limits",
     ),
     (
         "envoy.config.cluster.v3.Cluster",

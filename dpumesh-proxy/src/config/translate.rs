@@ -19,8 +19,8 @@ use super::http_filters;
 use super::made::Made;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
-    ChainMatch, Cluster, ClusterKind, FilterChain, HttpManager, Limits, Listener, OriginalSrc, ServerHeader,
-    TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
+    ChainMatch, Cluster, ClusterKind, Codec, FilterChain, Http2, HttpManager, Limits, Listener, OriginalSrc,
+    Protocol, ServerHeader, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
 use super::resource::Item;
 use super::schema::At;
@@ -258,7 +258,7 @@ impl Context<'_> {
             name: at.text("name"),
             matcher,
             fingerprint: fingerprint(at),
-            tls: self.server_context(at, scope)?,
+            tls: self.server_context(at, scope, speaks_http2(&terminal))?,
             certificate,
             rbac,
             terminal,
@@ -292,10 +292,12 @@ impl Context<'_> {
 
     fn http_manager(&self, at: &At) -> Result<Arc<HttpManager>> {
         let prefix = at.required_text("stat_prefix")?;
-        match at.choice("codec_type").as_str() {
-            "AUTO" | "HTTP1" => {}
+        let codec = match at.choice("codec_type").as_str() {
+            "AUTO" => Codec::Auto,
+            "HTTP1" => Codec::Http1,
+            "HTTP2" => Codec::Http2,
             other => return Err(at.refuse("codec_type", format!("{other} is not supported yet"))),
-        }
+        };
         let policy = http_filters::policy(at, &prefix, self.registry)?;
         let common = at.message("common_http_protocol_options");
         let common = common.unwrap_or_else(|| At::new(empty("envoy.config.core.v3.HttpProtocolOptions"), ""));
@@ -331,6 +333,8 @@ impl Context<'_> {
                 .filter(|d| !d.is_zero()),
             max_head: max_kib as usize * 1024,
             max_headers: common.number_or("max_headers_count", 100) as usize,
+            codec,
+            http2: http2_limits(at.message("http2_protocol_options").as_ref())?,
             max_requests: u64::from(common.number_or("max_requests_per_connection", 0)),
             underscores,
             generate_request_id: at.flag("generate_request_id").unwrap_or(true),
@@ -454,7 +458,7 @@ impl Context<'_> {
         if kind == ClusterKind::OriginalDst && !endpoints.is_empty() {
             return Err(at.refuse("load_assignment", "must not be given for an ORIGINAL_DST cluster"));
         }
-        let (options, http2) = cluster_http_options(at)?;
+        let (options, protocol, http2) = cluster_http_options(at)?;
         let common = options.or_else(|| at.message("common_http_protocol_options"));
         let idle = common
             .as_ref()
@@ -501,6 +505,7 @@ impl Context<'_> {
             max_requests_per_connection: max_requests,
             limits: limits(at)?,
             schedule: schedule(&endpoints),
+            protocol,
             http2,
             endpoints,
             dynamic,
@@ -577,6 +582,14 @@ pub(super) fn plain_format(value: &At) -> Result<String> {
         ));
     }
     Ok(text.replace("%%", "%"))
+}
+
+/// Whether a chain may agree on HTTP/2 in TLS.
+fn speaks_http2(terminal: &Terminal) -> bool {
+    match terminal {
+        Terminal::Http(manager) => manager.codec != Codec::Http1,
+        Terminal::Tcp(_) => true,
+    }
 }
 
 /// Of a listener without its chains and what chooses among them.
@@ -714,30 +727,67 @@ pub(super) fn cidr(at: &At) -> Result<ipnet::IpNet> {
     Ok(net.trunc())
 }
 
-/// The common options, and whether only HTTP/2 is spoken.
-fn cluster_http_options(at: &At) -> Result<(Option<At>, bool)> {
-    let (mut common, mut http2) = (None, false);
+/// Limits of HTTP/2 connections.
+fn http2_limits(at: Option<&At>) -> Result<Http2> {
+    let mut limits = Http2::default();
+    let Some(at) = at else {
+        return Ok(limits);
+    };
+    let window = |field: &str, otherwise: u32| -> Result<u32> {
+        let size = at.number_or(field, otherwise);
+        if (65_535..=0x7fff_ffff).contains(&size) {
+            Ok(size)
+        } else {
+            Err(at.refuse(field, "must be between 65535 and 2147483647"))
+        }
+    };
+    limits.streams = at.number_or("max_concurrent_streams", limits.streams);
+    if !(1..=0x7fff_ffff).contains(&limits.streams) {
+        return Err(at.refuse("max_concurrent_streams", "must be between 1 and 2147483647"));
+    }
+    limits.stream_window = window("initial_stream_window_size", limits.stream_window)?;
+    limits.connection_window = window("initial_connection_window_size", limits.connection_window)?;
+    Ok(limits)
+}
+
+/// The common options, what the endpoints speak, and the limits of HTTP/2.
+fn cluster_http_options(at: &At) -> Result<(Option<At>, Protocol, Http2)> {
+    let (mut common, mut protocol, mut http2) = (None, Protocol::Http1, None);
+    if let Some(own) = at.message("http2_protocol_options") {
+        (protocol, http2) = (Protocol::Http2, Some(own));
+    }
     for (key, options) in at.any_map("typed_extension_protocol_options")? {
         if key != "envoy.extensions.upstreams.http.v3.HttpProtocolOptions" {
             return Err(options.refuse("", format!("{key} is not supported yet")));
         }
         if let Some(explicit) = options.message("explicit_http_config") {
-            http2 = explicit.has("http2_protocol_options");
-            if !http2 && !explicit.has("http_protocol_options") {
+            http2 = explicit.message("http2_protocol_options");
+            protocol = if http2.is_some() {
+                Protocol::Http2
+            } else {
+                Protocol::Http1
+            };
+            if http2.is_none() && !explicit.has("http_protocol_options") {
                 return Err(explicit.refuse(
                     "",
                     "http_protocol_options or http2_protocol_options must be given",
                 ));
             }
-        } else if !options.has("use_downstream_protocol_config") {
+        } else if let Some(downstream) = options.message("use_downstream_protocol_config") {
+            protocol = Protocol::Downstream;
+            http2 = downstream.message("http2_protocol_options");
+        } else if let Some(auto) = options.message("auto_config") {
+            protocol = Protocol::Auto;
+            http2 = auto.message("http2_protocol_options");
+        } else {
             return Err(options.refuse(
                 "",
-                "explicit_http_config or use_downstream_protocol_config must be given",
+                "explicit_http_config, use_downstream_protocol_config or auto_config must be given",
             ));
         }
         common = options.message("common_http_protocol_options");
     }
-    Ok((common, http2))
+    Ok((common, protocol, http2_limits(http2.as_ref())?))
 }
 
 fn balance(at: &At, kind: &ClusterKind) -> Result<Balance> {

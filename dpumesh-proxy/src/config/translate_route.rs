@@ -157,6 +157,7 @@ fn route_match(at: &At) -> Result<RouteMatch> {
             .iter()
             .map(query_match)
             .collect::<Result<_>>()?,
+        grpc: at.has("grpc"),
     })
 }
 
@@ -258,7 +259,7 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
     } else {
         Target::Cluster(named(at, "cluster")?)
     };
-    check_stream_limits(at)?;
+    let grpc_timeout = grpc_timeout(at)?;
     let not_found_status = match at.choice("cluster_not_found_response_code").as_str() {
         "NOT_FOUND" => 404,
         "INTERNAL_SERVER_ERROR" => 500,
@@ -271,6 +272,7 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
         to,
         not_found_status,
         timeout: (!timeout.is_zero()).then_some(timeout),
+        grpc_timeout,
         idle_timeout: at.duration("idle_timeout")?.map(|d| (!d.is_zero()).then_some(d)),
         path_rewrite: path_rewrite(at)?,
         host_rewrite: checked_value(at, "host_rewrite_literal")?,
@@ -300,16 +302,17 @@ fn path_rewrite(at: &At) -> Result<Option<PathRewrite>> {
     Ok(Some(PathRewrite::Regex(regex, with)))
 }
 
-/// Limits of time that are set on streams as a whole or on gRPC calls.
-fn check_stream_limits(at: &At) -> Result<()> {
+/// The bound of what gRPC requests may ask for; limits on streams as a whole are refused.
+fn grpc_timeout(at: &At) -> Result<Option<Option<std::time::Duration>>> {
+    let bound = |limit: Option<std::time::Duration>| limit.map(|l| (!l.is_zero()).then_some(l));
     let Some(limits) = at.message("max_stream_duration") else {
-        return Ok(());
+        return Ok(bound(at.duration("max_grpc_timeout")?));
     };
     match limits.duration("max_stream_duration")? {
         Some(limit) if !limit.is_zero() => {
             Err(limits.refuse("max_stream_duration", "only 0s (no limit) is supported yet"))
         }
-        _ => Ok(()),
+        _ => Ok(bound(limits.duration("grpc_timeout_header_max")?)),
     }
 }
 

@@ -82,8 +82,13 @@ fn roots(source: &At) -> Result<Roots> {
 }
 
 impl Context<'_> {
-    /// `FilterChain.transport_socket`; `None` for plain TCP.
-    pub(super) fn server_context(&self, chain: &At, scope: &str) -> Result<Option<Arc<ServerContext>>> {
+    /// `FilterChain.transport_socket`; `None` for plain TCP. `http2`: the chain speaks it, or passes it through.
+    pub(super) fn server_context(
+        &self,
+        chain: &At,
+        scope: &str,
+        http2: bool,
+    ) -> Result<Option<Arc<ServerContext>>> {
         let Some(socket) = chain.message("transport_socket") else {
             return Ok(None);
         };
@@ -122,9 +127,11 @@ impl Context<'_> {
             ));
         }
         let mut parameters = parameters(&common, names)?;
-        // HTTP/2 is not spoken here, so it is not agreed on either.
-        let kept = parameters.protocols.0.iter().filter(|p| **p != b"h2").cloned();
-        parameters.protocols = Protocols(kept.collect());
+        if !http2 {
+            // What is not spoken is not agreed on.
+            let kept = parameters.protocols.0.iter().filter(|p| **p != b"h2").cloned();
+            parameters.protocols = Protocols(kept.collect());
+        }
         let timeout = chain
             .duration("transport_socket_connect_timeout")?
             .filter(|t| !t.is_zero());

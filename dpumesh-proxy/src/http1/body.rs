@@ -22,6 +22,9 @@ const LONG_BODY_BUFFER: usize = 64 * 1024;
 /// Longest chunk-size line and longest trailer section, octets.
 const LONGEST_LINE: usize = 4096;
 
+/// Longest trailer section that is passed on, octets.
+const LONGEST_TRAILERS: usize = 64 * 1024;
+
 /// Where a body stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -67,6 +70,8 @@ pub struct Flow {
     /// Octets written to the other side.
     pub wire_out: u64,
     last_chunk_sent: bool,
+    /// Trailers on their way, where they are passed on.
+    trailers: Option<Vec<u8>>,
     /// What was taken from the source, for [`Self::replay`].
     kept: Option<Kept>,
 }
@@ -95,7 +100,30 @@ impl Flow {
             wire_in: 0,
             wire_out: 0,
             last_chunk_sent: stage == Stage::Done,
+            trailers: None,
             kept: None,
+        }
+    }
+
+    /// Passes the trailers of a chunked body on (between two ends that speak HTTP/2; else they are dropped).
+    pub fn pass_trailers(&mut self) {
+        self.trailers = Some(Vec::new());
+    }
+
+    fn longest_trailers(&self) -> usize {
+        if self.trailers.is_some() {
+            LONGEST_TRAILERS
+        } else {
+            LONGEST_LINE
+        }
+    }
+
+    /// Ends a chunked body.
+    fn put_last(&self, pending: &mut Vec<u8>) {
+        if self.out == Out::Chunked {
+            pending.extend_from_slice(b"0\r\n");
+            pending.extend_from_slice(self.trailers.as_deref().unwrap_or_default());
+            pending.extend_from_slice(b"\r\n");
         }
     }
 
@@ -232,9 +260,7 @@ impl Flow {
     {
         if self.stage == Stage::Done && !self.last_chunk_sent {
             self.last_chunk_sent = true;
-            if self.out == Out::Chunked {
-                pending.extend_from_slice(b"0\r\n\r\n");
-            }
+            self.put_last(pending);
         }
         while self.written < pending.len() {
             let n = ready!(Pin::new(&mut *to).poll_write(cx, &pending[self.written..]))
@@ -294,9 +320,7 @@ impl Flow {
                 Stage::Done => {
                     if head && !self.last_chunk_sent {
                         self.last_chunk_sent = true;
-                        if self.out == Out::Chunked {
-                            pending.extend_from_slice(b"0\r\n\r\n");
-                        }
+                        self.put_last(pending);
                     }
                     return Ok(());
                 }
@@ -321,7 +345,7 @@ impl Flow {
                     }
                     return Ok(());
                 }
-                Stage::ChunkSize => match line(source.unread())? {
+                Stage::ChunkSize => match line(source.unread(), LONGEST_LINE)? {
                     None => return Ok(()),
                     Some(text) => {
                         let (size, length) = (chunk_size(text)?, text.len() + 2);
@@ -341,7 +365,7 @@ impl Flow {
                     [] | [b'\r'] => return Ok(()),
                     _ => return Err(FlowError::Framing("a chunk longer than its size")),
                 },
-                Stage::Trailer { used } => match line(source.unread())? {
+                Stage::Trailer { used } => match line(source.unread(), self.longest_trailers())? {
                     None => return Ok(()),
                     Some([]) => {
                         source.consume(2);
@@ -350,8 +374,11 @@ impl Flow {
                     Some(text) => {
                         check_trailer(text)?;
                         let length = text.len() + 2;
-                        if used + length > LONGEST_LINE {
+                        if used + length > self.longest_trailers() {
                             return Err(FlowError::Framing("a trailer section too long"));
+                        }
+                        if let Some(trailers) = &mut self.trailers {
+                            trailers.extend_from_slice(&source.unread()[..length]);
                         }
                         source.consume(length);
                         self.stage = Stage::Trailer { used: used + length };
@@ -382,7 +409,7 @@ impl Flow {
 }
 
 /// The first line without its CRLF, `None` while it is incomplete.
-fn line(data: &[u8]) -> Result<Option<&[u8]>, FlowError> {
+fn line(data: &[u8], most: usize) -> Result<Option<&[u8]>, FlowError> {
     match memchr::memchr(b'\n', data) {
         Some(at) if at > 0 && data[at - 1] == b'\r' => {
             let text = &data[..at - 1];
@@ -393,7 +420,7 @@ fn line(data: &[u8]) -> Result<Option<&[u8]>, FlowError> {
             }
         }
         Some(_) => Err(FlowError::Framing("a line that ends with a bare LF")),
-        None if data.len() > LONGEST_LINE => Err(FlowError::Framing("a line too long")),
+        None if data.len() > most => Err(FlowError::Framing("a line too long")),
         None => Ok(None),
     }
 }

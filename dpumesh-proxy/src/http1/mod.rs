@@ -14,6 +14,12 @@ pub mod reply;
 mod rewrite;
 pub mod serve;
 
+/// Whether a `content-type` is gRPC's.
+pub fn is_grpc(content_type: &[u8]) -> bool {
+    let rest = content_type.strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
 /// `tchar` of RFC 9110 §5.6.2.
 pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)

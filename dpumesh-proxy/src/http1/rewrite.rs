@@ -139,8 +139,18 @@ impl<'a> Rewrite<'a> {
     }
 
     /// The request's time limit: what the request asks for, else the route's.
-    pub(super) fn timeout(&self, forward: &Forward) -> Option<Duration> {
-        self.asked_timeout.or(forward.timeout).filter(|t| !t.is_zero())
+    pub(super) fn timeout(&self, forward: &Forward, buffers: &Buffers) -> Option<Duration> {
+        let grpc = || {
+            let most = forward.grpc_timeout.filter(|_| buffers.is_grpc())?;
+            let asked = buffers
+                .request
+                .fields
+                .get(buffers.request_in.head(), b"grpc-timeout");
+            let asked = asked.and_then(grpc_timeout)?;
+            Some(most.map_or(asked, |most| asked.min(most)))
+        };
+        let limit = self.asked_timeout.or_else(grpc).or(forward.timeout);
+        limit.filter(|t| !t.is_zero())
     }
 
     /// Takes the time of the response's beginning.
@@ -148,6 +158,24 @@ impl<'a> Rewrite<'a> {
         let ms = u64::try_from(self.sent_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.service_ms = Some(Digits::of(ms));
     }
+}
+
+/// `grpc-timeout`: at most eight digits and a unit.
+fn grpc_timeout(text: &[u8]) -> Option<Duration> {
+    let (unit, digits) = text.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number = digits.iter().fold(0u64, |n, d| n * 10 + u64::from(d - b'0'));
+    Some(match unit {
+        b'H' => Duration::from_secs(number * 3600),
+        b'M' => Duration::from_secs(number * 60),
+        b'S' => Duration::from_secs(number),
+        b'm' => Duration::from_millis(number),
+        b'u' => Duration::from_micros(number),
+        b'n' => Duration::from_nanos(number),
+        _ => return None,
+    })
 }
 
 /// A random UUID (version 4) in text.
@@ -488,6 +516,23 @@ mod tests {
         assert_eq!(id[14], b'4');
         assert!(b"89ab".contains(&id[19]));
         assert_ne!(id, uuid());
+    }
+
+    #[test]
+    fn a_grpc_timeout_has_digits_and_a_unit() {
+        for (text, limit) in [
+            ("1S", Some(Duration::from_secs(1))),
+            ("20m", Some(Duration::from_millis(20))),
+            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
+            ("7u", Some(Duration::from_micros(7))),
+            ("123456789S", None),
+            ("S", None),
+            ("5", None),
+            ("-5S", None),
+            ("", None),
+        ] {
+            assert_eq!(grpc_timeout(text.as_bytes()), limit, "{text}");
+        }
     }
 
     fn add(name: &str, value: &str, how: AddHow) -> AddHeader {

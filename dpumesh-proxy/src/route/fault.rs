@@ -11,6 +11,8 @@ pub struct Fault {
     pub delay: Option<(Percentage, Duration)>,
     /// How many requests are answered with this status.
     pub abort: Option<(Percentage, u16)>,
+    /// The gRPC status of that answer to gRPC requests, where it is not the one that the HTTP status stands for.
+    pub grpc_status: Option<u32>,
     /// Only requests of which all of these hold.
     pub headers: Vec<HeaderMatch>,
 }

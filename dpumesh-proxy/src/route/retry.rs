@@ -39,6 +39,8 @@ pub enum Reset {
         /// Something of the request had been sent.
         begun: bool,
     },
+    /// The endpoint says that it has not looked at the request (HTTP/2).
+    Refused,
     /// The attempt's own time limit.
     TryTimeout,
 }
@@ -71,8 +73,20 @@ impl RetryOn {
     /// gRPC status 14.
     pub const UNAVAILABLE: Self = Self(1 << 12);
 
+    /// The endpoint refused the stream.
+    pub const REFUSED_STREAM: Self = Self(1 << 13);
+
+    /// The conditions on a gRPC status.
+    const GRPC: Self = Self(
+        Self::CANCELLED.0
+            | Self::DEADLINE_EXCEEDED.0
+            | Self::RESOURCE_EXHAUSTED.0
+            | Self::INTERNAL.0
+            | Self::UNAVAILABLE.0,
+    );
+
     /// Conditions under which a request may have been sent, body and all, before it is retried. The gRPC ones are not
-    /// among them: for their sake no body is kept.
+    /// among them: for their sake only gRPC bodies are kept.
     const AFTER_SENDING: Self = Self(
         Self::SERVER_ERROR.0
             | Self::GATEWAY_ERROR.0
@@ -82,8 +96,8 @@ impl RetryOn {
             | Self::STATUS_CODES.0,
     );
 
-    /// The conditions of a comma-separated list. `refused-stream` and `http3-post-connect-failure` cannot happen over
-    /// HTTP/1 and add none; nor does `retriable-headers` without headers.
+    /// The conditions of a comma-separated list. `http3-post-connect-failure` cannot happen here and adds
+    /// none; nor does `retriable-headers` without headers.
     ///
     /// # Errors
     /// The word that is unknown.
@@ -104,7 +118,8 @@ impl RetryOn {
                 "resource-exhausted" => Self::RESOURCE_EXHAUSTED.0,
                 "internal" => Self::INTERNAL.0,
                 "unavailable" => Self::UNAVAILABLE.0,
-                "refused-stream" | "http3-post-connect-failure" | "retriable-headers" => 0,
+                "refused-stream" => Self::REFUSED_STREAM.0,
+                "http3-post-connect-failure" | "retriable-headers" => 0,
                 other => return Err(other),
             };
         }
@@ -128,6 +143,7 @@ impl RetryPolicy {
                     RetryOn::RESET_BEFORE_REQUEST,
                 ])),
                 Reset::Broken { begun } => !begun && self.on.has(RetryOn::RESET_BEFORE_REQUEST),
+                Reset::Refused => self.on.has(RetryOn::REFUSED_STREAM),
                 Reset::TryTimeout => false,
             }
     }
@@ -169,6 +185,14 @@ impl RetryPolicy {
         let listed = !self.status_codes.is_empty() || !self.on.has(RetryOn::STATUS_CODES);
         let after_sending = RetryOn(self.on.0 & RetryOn::AFTER_SENDING.0);
         self.retries > 0 && (after_sending != RetryOn::STATUS_CODES || listed) && after_sending.0 != 0
+    }
+
+    /// Whether a gRPC request's body has to be kept besides.
+    pub fn keeps_grpc_body(&self) -> bool {
+        self.retries > 0
+            && self
+                .on
+                .has(Self::any_of(&[RetryOn::GRPC, RetryOn::REFUSED_STREAM]))
     }
 
     /// The pause before retry number `retry` (the first is 1), given any random number.

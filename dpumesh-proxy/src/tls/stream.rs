@@ -1,8 +1,9 @@
-//! A connection, plain or TLS.
+//! A connection, plain or TLS, or a stream of HTTP/2.
 //!
 //! A plain one is its socket: every call is one branch away. What TLS holds (session, buffers) is boxed.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
@@ -10,22 +11,53 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
-/// A connection, plain or TLS.
+use crate::http2::call::Call;
+use crate::http2::exchange::Exchange;
+
+/// A connection, plain or TLS, or a stream of HTTP/2.
 #[derive(Debug)]
 pub enum Stream {
     /// The socket itself.
     Plain(TcpStream),
     /// TLS over it.
     Tls(Box<TlsStream<TcpStream>>),
+    /// A client's HTTP/2 stream: one exchange.
+    Exchange(Box<Exchange>),
+    /// An HTTP/2 stream to an endpoint: one exchange.
+    Call(Box<Call>),
 }
 
 impl Stream {
-    /// The socket.
+    /// The socket, if this is the only one on it.
     #[inline]
-    pub fn socket(&self) -> &TcpStream {
+    pub fn socket(&self) -> Option<&TcpStream> {
         match self {
-            Self::Plain(socket) => socket,
-            Self::Tls(tls) => tls.get_ref().0,
+            Self::Plain(socket) => Some(socket),
+            Self::Tls(tls) => Some(tls.get_ref().0),
+            Self::Exchange(_) | Self::Call(_) => None,
+        }
+    }
+
+    /// Our address on the way to an endpoint.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Call(call) => call.local_addr(),
+            other => other.socket()?.local_addr().ok(),
+        }
+    }
+
+    /// Whether it is a stream of HTTP/2.
+    #[inline]
+    pub fn is_http2(&self) -> bool {
+        matches!(self, Self::Exchange(_) | Self::Call(_))
+    }
+
+    /// Ready when a client has reset its HTTP/2 stream; of other connections only reading and writing tell.
+    #[inline]
+    pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Exchange(exchange) => exchange.poll_gone(cx).map(drop),
+            _ => Poll::Pending,
         }
     }
 
@@ -46,6 +78,7 @@ impl Stream {
                     Poll::Ready(Ok(()))
                 }
             }
+            Self::Exchange(_) | Self::Call(_) => Poll::Ready(Ok(())),
         }
     }
 
@@ -62,13 +95,17 @@ impl Stream {
                 let mut cx = Context::from_waker(Waker::noop());
                 Pin::new(&mut **tls).poll_read(&mut cx, &mut room).is_pending()
             }
+            // They serve once.
+            Self::Exchange(_) | Self::Call(_) => false,
         }
     }
 
     /// Sends a RST instead of a FIN when it is dropped.
     pub fn reset_on_close(&self) {
         // A connection that is gone already needs no RST.
-        let _ = self.socket().set_zero_linger();
+        if let Some(socket) = self.socket() {
+            let _ = socket.set_zero_linger();
+        }
     }
 }
 
@@ -84,6 +121,8 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_read(cx, room),
             Self::Tls(tls) => Pin::new(&mut **tls).poll_read(cx, room),
+            Self::Exchange(exchange) => Pin::new(&mut **exchange).poll_read(cx, room),
+            Self::Call(call) => Pin::new(&mut **call).poll_read(cx, room),
         }
     }
 }
@@ -94,6 +133,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_write(cx, data),
             Self::Tls(tls) => Pin::new(&mut **tls).poll_write(cx, data),
+            Self::Exchange(exchange) => Pin::new(&mut **exchange).poll_write(cx, data),
+            Self::Call(call) => Pin::new(&mut **call).poll_write(cx, data),
         }
     }
 
@@ -106,6 +147,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_write_vectored(cx, data),
             Self::Tls(tls) => Pin::new(&mut **tls).poll_write_vectored(cx, data),
+            Self::Exchange(exchange) => Pin::new(&mut **exchange).poll_write_vectored(cx, data),
+            Self::Call(call) => Pin::new(&mut **call).poll_write_vectored(cx, data),
         }
     }
 
@@ -114,6 +157,7 @@ impl AsyncWrite for Stream {
         match self {
             Self::Plain(socket) => socket.is_write_vectored(),
             Self::Tls(tls) => tls.is_write_vectored(),
+            Self::Exchange(_) | Self::Call(_) => false,
         }
     }
 
@@ -122,6 +166,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_flush(cx),
             Self::Tls(tls) => Pin::new(&mut **tls).poll_flush(cx),
+            Self::Exchange(exchange) => Pin::new(&mut **exchange).poll_flush(cx),
+            Self::Call(call) => Pin::new(&mut **call).poll_flush(cx),
         }
     }
 
@@ -130,6 +176,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(tls) => Pin::new(&mut **tls).poll_shutdown(cx),
+            Self::Exchange(exchange) => Pin::new(&mut **exchange).poll_shutdown(cx),
+            Self::Call(call) => Pin::new(&mut **call).poll_shutdown(cx),
         }
     }
 }

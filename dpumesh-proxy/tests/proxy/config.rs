@@ -94,8 +94,11 @@ fn what_is_not_implemented_is_refused_with_its_path() {
             format!("{manager}/upgrade_configs"),
             json!([{"upgrade_type": "CONNECT"}]),
         ),
-        (format!("{manager}/http2_protocol_options"), json!({})),
-        (format!("{manager}/codec_type"), json!("HTTP2")),
+        (
+            format!("{manager}/http2_protocol_options"),
+            json!({"allow_connect": true}),
+        ),
+        (format!("{manager}/codec_type"), json!("HTTP3")),
         (format!("{manager}/use_remote_address"), json!(true)),
         (format!("{manager}/local_reply_config"), json!({"mappers": []})),
         (
@@ -124,11 +127,13 @@ fn what_is_not_implemented_is_refused_with_its_path() {
             format!("{route}/match/runtime_fraction"),
             json!({"default_value": {"numerator": 1}}),
         ),
-        (format!("{route}/match/grpc"), json!({})),
         (format!("{cluster}/health_checks"), json!([{"timeout": "1s"}])),
         (format!("{cluster}/type"), json!("STRICT_DNS")),
         (format!("{cluster}/lb_policy"), json!("MAGLEV")),
-        (format!("{cluster}/http2_protocol_options"), json!({})),
+        (
+            format!("{cluster}/http2_protocol_options"),
+            json!({"hpack_table_size": 4096}),
+        ),
         (
             format!("{cluster}/upstream_bind_config"),
             json!({"source_address": {"address": "127.0.0.1", "port_value": 0}}),

@@ -18,7 +18,7 @@ pub(crate) enum Subject {
         web: SocketAddr,
         admin: SocketAddr,
         /// Its files, as long as it runs.
-        _folder: tempfile::TempDir,
+        folder: tempfile::TempDir,
     },
 }
 
@@ -34,10 +34,22 @@ impl Drop for Subject {
 
 impl Subject {
     pub(crate) fn client(&self) -> Client {
-        Client::connect(match self {
+        Client::connect(self.web())
+    }
+
+    pub(crate) fn web(&self) -> SocketAddr {
+        match self {
             Self::Ours(running) => running.web(),
             Self::Envoy { web, .. } => *web,
-        })
+        }
+    }
+
+    /// Where its files are.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        match self {
+            Self::Ours(running) => running.folder.path(),
+            Self::Envoy { folder, .. } => folder.path(),
+        }
     }
 
     /// The least time in which a wait of `asked` may end. Envoy's timers count from when its loop woke, in whole
@@ -115,7 +127,7 @@ fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &
         process,
         web: nowhere,
         admin: nowhere,
-        _folder: folder,
+        folder,
     };
     if let Subject::Envoy {
         process, web, admin, ..

@@ -187,7 +187,14 @@ const REFUSED: &[(&str, &str)] = &[
         "HTTP/2.0 without the preface",
         "GET / HTTP/2.0\r\nHost: a\r\n\r\n",
     ),
-    ("the HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    (
+        "the HTTP/2 preface with a header",
+        "PRI * HTTP/2.0\r\nHost: a\r\n\r\nSM\r\n\r\n",
+    ),
+    (
+        "the HTTP/2 preface as a path",
+        "PRI /x HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ),
     ("a bracket in the method", "GE(T / HTTP/1.1\r\nHost: a\r\n\r\n"),
     ("no host", "GET / HTTP/1.1\r\n\r\n"),
     ("an empty host", "GET / HTTP/1.1\r\nHost:\r\n\r\n"),

@@ -5,6 +5,7 @@ mod envoy;
 mod framing;
 mod harness;
 mod http;
+mod http2;
 mod load;
 mod mesh;
 mod mesh_policy;

@@ -49,8 +49,11 @@ impl<'a> Attempts<'a> {
     }
 
     /// Has `flow` keep its body if it might be sent again.
-    pub(super) fn prepare(&self, flow: &mut Flow) {
-        if self.policy.is_some_and(RetryPolicy::keeps_body) {
+    pub(super) fn prepare(&self, buffers: &Buffers, flow: &mut Flow) {
+        let keeps = |p: &RetryPolicy| {
+            p.keeps_body() || (p.keeps_grpc_body() && !flow.read_all() && buffers.is_grpc())
+        };
+        if self.policy.is_some_and(keeps) {
             flow.keep(LARGEST_KEPT);
         }
     }
@@ -136,6 +139,8 @@ impl Broken {
             Self::Failed(Failure::Upstream { begun, .. } | Failure::Protocol { begun }) => {
                 Reset::Broken { begun: *begun }
             }
+            Self::Failed(Failure::Reset { refused: true, .. }) => Reset::Refused,
+            Self::Failed(Failure::Reset { begun, .. }) => Reset::Broken { begun: *begun },
             Self::Failed(Failure::TryTimeout) => Reset::TryTimeout,
             Self::Failed(_) => return None,
         })

@@ -95,9 +95,10 @@ impl Session {
                 }
                 match response_in.poll_fill(cx, &mut connection.stream) {
                     Poll::Ready(Ok(n)) if n > 0 => {}
-                    Poll::Ready(_) => {
+                    Poll::Ready(ended) => {
                         let answered = !response_in.is_empty();
-                        return Poll::Ready(Err(Failure::Upstream { answered, begun }));
+                        let failure = Failure::from_endpoint(ended.as_ref().err(), answered, begun);
+                        return Poll::Ready(Err(failure));
                     }
                     Poll::Pending => break,
                 }

@@ -2,9 +2,12 @@
 
 use std::net::SocketAddr;
 
+use h2::Reason;
+
 use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
 use crate::http1::body::FlowError;
+use crate::http2;
 use crate::stats::{Cluster as ClusterStat, Http as Stat};
 use crate::upstream::{Lane, NoConnection};
 use crate::worker::Buffers;
@@ -26,6 +29,8 @@ pub(super) enum Failure {
     TryTimeout,
     /// The endpoint closed; `answered` if it had said something, `begun` if something had been sent to it.
     Upstream { answered: bool, begun: bool },
+    /// The endpoint reset the HTTP/2 stream; `refused` if it says that it has not looked at the request.
+    Reset { refused: bool, begun: bool },
     /// The endpoint does not speak HTTP.
     Protocol { begun: bool },
 }
@@ -48,6 +53,18 @@ impl Failure {
         }
     }
 
+    /// What an error in reading from the endpoint is.
+    pub(super) fn from_endpoint(error: Option<&std::io::Error>, answered: bool, begun: bool) -> Self {
+        match error.and_then(http2::reset_of) {
+            Some(reset) if reset.ours => Self::Protocol { begun },
+            Some(reset) => Self::Reset {
+                refused: reset.reason == Reason::REFUSED_STREAM,
+                begun,
+            },
+            None => Self::Upstream { answered, begun },
+        }
+    }
+
     /// Envoy's response flags for it.
     pub(super) fn flags(&self) -> &'static str {
         match self {
@@ -56,6 +73,7 @@ impl Failure {
             Self::Timeout | Self::TryTimeout => "UT",
             Self::Idle => "SI",
             Self::Upstream { .. } => "UC",
+            Self::Reset { .. } => "UR",
             Self::Protocol { .. } => "UPE",
         }
     }
@@ -69,6 +87,10 @@ impl Failure {
             Self::TryTimeout => "upstream_per_try_timeout",
             Self::Idle => "stream_idle_timeout",
             Self::Upstream { .. } => "upstream_reset_before_response_started{connection_termination}",
+            Self::Reset { refused: false, .. } => "upstream_reset_before_response_started{remote_reset}",
+            Self::Reset { refused: true, .. } => {
+                "upstream_reset_before_response_started{remote_refused_stream_reset}"
+            }
             Self::Protocol { .. } => "upstream_reset_before_response_started{protocol_error}",
         }
     }
@@ -77,6 +99,10 @@ impl Failure {
     pub(super) fn late_details(&self) -> &'static str {
         match self {
             Self::Upstream { .. } => "upstream_reset_after_response_started{connection_termination}",
+            Self::Reset { refused: false, .. } => "upstream_reset_after_response_started{remote_reset}",
+            Self::Reset { refused: true, .. } => {
+                "upstream_reset_after_response_started{remote_refused_stream_reset}"
+            }
             Self::Protocol { .. } => "upstream_reset_after_response_started{protocol_error}",
             other => other.details(),
         }
@@ -180,6 +206,15 @@ impl Session {
             Failure::Upstream { .. } => {
                 stats.inc(shard, ClusterStat::RqRxReset);
                 (503, format!("{DISCONNECTED}connection termination"))
+            }
+            Failure::Reset { refused, .. } => {
+                stats.inc(shard, ClusterStat::RqRxReset);
+                let reason = if *refused {
+                    "remote refused stream reset"
+                } else {
+                    "remote reset"
+                };
+                (503, format!("{DISCONNECTED}{reason}"))
             }
             Failure::Protocol { .. } => {
                 stats.inc(shard, ClusterStat::CxProtocolError);

@@ -125,10 +125,13 @@ impl Session {
             && share.takes(fastrand::u64(..))
         {
             stats.inc(shard, FaultStat::AbortsInjected);
-            let reply = Reply::new(status, "FI")
+            let mut reply = Reply::new(status, "FI")
                 .body("fault filter abort")
                 .because("fault_filter_abort")
                 .changed_by(passing.levels);
+            if let Some(grpc) = fault.grpc_status {
+                reply = reply.grpc_status(grpc);
+            }
             let mut outcome = self.reply(buffers, reply).await;
             outcome.delayed = filtered.delayed;
             return Err(outcome);

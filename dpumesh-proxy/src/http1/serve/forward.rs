@@ -146,7 +146,8 @@ impl Session {
             if !replayed {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
-            let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take()) {
+            let trailers = self.stream.is_http2() && connection.stream.is_http2();
+            let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take(), trailers) {
                 Ok(flow) => flow,
                 Err((flow, failure)) => {
                     *kept = Some(flow);
@@ -177,7 +178,10 @@ impl Session {
                     let dead = reused
                         && !replayed
                         && attempts.number == 1
-                        && matches!(failure, Failure::Upstream { answered: false, .. })
+                        && matches!(
+                            failure,
+                            Failure::Upstream { answered: false, .. } | Failure::Reset { refused: true, .. }
+                        )
                         && (replayable || flow.untouched());
                     *kept = Some(flow);
                     let broken = Broken::Failed(failure);
@@ -229,6 +233,7 @@ fn begin(
     peer: &Peer,
     attempts: &Attempts<'_>,
     before: Option<Flow>,
+    trailers: bool,
 ) -> Result<Flow, (Flow, Failure)> {
     // Of a message of which nothing was sent, what stands behind the head stays.
     let behind = match &before {
@@ -262,7 +267,10 @@ fn begin(
         Out::Plain
     };
     let mut flow = Flow::new(framing, out);
-    attempts.prepare(&mut flow);
+    if trailers {
+        flow.pass_trailers();
+    }
+    attempts.prepare(buffers, &mut flow);
     match flow.prefill(&mut buffers.request_in, &mut buffers.request_out) {
         Ok(()) => Ok(flow),
         Err(error) => Err((flow, Failure::from_client(error))),

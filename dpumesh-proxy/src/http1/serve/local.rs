@@ -35,6 +35,9 @@ pub(super) struct Reply<'a> {
     upstream: Option<SocketAddr>,
     request_body: RequestBody,
     close: bool,
+    grpc_status: Option<u32>,
+    /// Told the gRPC way: status and message.
+    grpc: Option<(u32, &'a [u8])>,
 }
 
 /// How much of the request's body has left the read buffer when the proxy answers by itself. What stands in the buffer
@@ -73,6 +76,8 @@ impl<'a> Reply<'a> {
             upstream: None,
             request_body: RequestBody::Untouched,
             close: false,
+            grpc_status: None,
+            grpc: None,
         }
     }
 
@@ -122,6 +127,30 @@ impl<'a> Reply<'a> {
         self
     }
 
+    /// As gRPC wants it: 200, the failure in `grpc-status`, the body in `grpc-message`. (Envoy's mapping.)
+    fn for_grpc(self, message: &'a [u8]) -> Self {
+        let grpc = match self.status {
+            400 => 13,
+            401 => 16,
+            403 => 7,
+            404 => 12,
+            429 | 502..=504 => 14,
+            _ => 2,
+        };
+        Self {
+            status: 200,
+            grpc: Some((self.grpc_status.unwrap_or(grpc), message)),
+            body: b"",
+            ..self
+        }
+    }
+
+    /// With this status where the request is gRPC, instead of the one that the HTTP status stands for.
+    pub(super) fn grpc_status(mut self, status: u32) -> Self {
+        self.grpc_status = Some(status);
+        self
+    }
+
     fn outcome(&self) -> Outcome {
         let mut outcome = Outcome::new(self.status, self.flags);
         outcome.upstream = self.upstream;
@@ -133,6 +162,13 @@ impl<'a> Reply<'a> {
 impl Session {
     /// Answers a request with a response of the proxy's own.
     pub(super) async fn reply(&mut self, buffers: &mut Buffers, reply: Reply<'_>) -> Outcome {
+        let message;
+        let reply = if buffers.is_grpc() {
+            message = percent_encoded(reply.body);
+            reply.for_grpc(&message)
+        } else {
+            reply
+        };
         let request = &buffers.request;
         let finished = match reply.request_body {
             RequestBody::Untouched => swallow(request.fields.framing, &mut buffers.request_in),
@@ -202,11 +238,18 @@ impl Session {
         if let Some((name, value)) = reply.header {
             reply::header(name, value, out);
         }
-        if reply.status != 204 && reply.status != 304 {
+        if reply.status != 204 && reply.status != 304 && !(reply.body.is_empty() && self.stream.is_http2()) {
             reply::header_number(b"content-length", reply.body.len() as u64, out);
         }
         if !reply.body.is_empty() {
             reply::header(b"content-type", b"text/plain", out);
+        }
+        if let Some((status, message)) = reply.grpc {
+            reply::header(b"content-type", b"application/grpc", out);
+            reply::header_number(b"grpc-status", u64::from(status), out);
+            if !message.is_empty() {
+                reply::header(b"grpc-message", message, out);
+            }
         }
         reply::header(b"date", self.worker.date.borrow_mut().at(SystemTime::now()), out);
         reply::header(b"server", self.manager.server_name.as_bytes(), out);
@@ -228,7 +271,8 @@ impl Session {
 
     /// Ends the connection so that the last response arrives: no more from us, the client's rest is read and dropped.
     pub(super) async fn linger(&mut self, buffers: &mut Buffers) {
-        if self.stream.shutdown().await.is_err() {
+        // The end of a stream is not that of its connection: what is left unread is reset.
+        if self.stream.is_http2() || self.stream.shutdown().await.is_err() {
             return;
         }
         let input = &mut buffers.request_in;
@@ -243,6 +287,18 @@ impl Session {
         })
         .await;
     }
+}
+
+/// A gRPC message: printable ASCII but `%` stands for itself.
+fn percent_encoded(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    for byte in text {
+        match byte {
+            b'%' | 0..=0x1f | 0x7f..=0xff => out.extend_from_slice(format!("%{byte:02X}").as_bytes()),
+            byte => out.push(*byte),
+        }
+    }
+    out
 }
 
 /// Takes the request's body off the buffer if all of it is there; false when some is still to come.

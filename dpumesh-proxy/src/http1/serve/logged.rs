@@ -43,7 +43,7 @@ impl Session {
         let mut record = self.record(outcome, wall, begun.elapsed());
         record.request = Some(&request);
         record.response = outcome.has_response.then_some(&response as &dyn Headers);
-        record.protocol = Some(protocol(buffers));
+        record.protocol = Some(self.protocol(buffers));
         record.cluster = outcome.cluster.as_deref();
         record.route = rewrite.route_name;
         record.extra.request_remote = forwarded_for(buffers);
@@ -64,7 +64,7 @@ impl Session {
         let outcome = Outcome::new(0, "");
         let mut record = self.record(&outcome, SystemTime::UNIX_EPOCH, Duration::ZERO);
         record.request = Some(&request);
-        record.protocol = Some(protocol(buffers));
+        record.protocol = Some(self.protocol(buffers));
         record.extra.request_remote = forwarded_for(buffers);
         Some(Box::new(changes.rendered(&record)))
     }
@@ -103,20 +103,22 @@ impl Session {
         }
     }
 
+    fn protocol(&self, buffers: &Buffers) -> &'static str {
+        if self.stream.is_http2() {
+            "HTTP/2"
+        } else if buffers.request.fields.http11 {
+            "HTTP/1.1"
+        } else {
+            "HTTP/1.0"
+        }
+    }
+
     pub(super) fn log(&self, record: &Record<'_>) {
         let mut lines = self.worker.lines.borrow_mut();
         self.manager
             .access_log
             .iter()
             .for_each(|log| log.log(record, &mut lines));
-    }
-}
-
-fn protocol(buffers: &Buffers) -> &'static str {
-    if buffers.request.fields.http11 {
-        "HTTP/1.1"
-    } else {
-        "HTTP/1.0"
     }
 }
 

@@ -30,12 +30,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use self::local::Reply;
 use self::read::Next;
 use crate::alarm::{Alarm, earlier};
-use crate::config::model::HttpManager;
+use crate::config::model::{Codec, HttpManager, Terminal};
+use crate::http2::{self, serve::Begun};
 use crate::stats::Http as Stat;
 use crate::tls::Stream;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
@@ -53,21 +55,124 @@ pub async fn serve(
     let (stats, shard) = (Arc::clone(&manager.stats), worker.shard);
     stats.inc(shard, Stat::CxTotal);
     stats.inc(shard, Stat::CxActive);
-    let mut session = Session {
-        worker,
-        entry,
-        stream,
-        peer,
-        place,
-        manager,
-        program,
-        alarm: Alarm::default(),
-        served: 0,
-        closing: false,
-    };
-    session.run().await;
+    if speaks_http2(&manager, &peer) {
+        let begun = Begun {
+            octets: Bytes::new(),
+            stream,
+        };
+        // Boxed: a connection that speaks HTTP/1.1 does without its memory.
+        Box::pin(http2::serve::serve(
+            worker, program, entry, begun, peer, place, manager,
+        ))
+        .await;
+    } else {
+        serve_http1(worker, program, entry, stream, peer, place, manager).await;
+    }
     stats.dec(shard, Stat::CxActive);
     stats.inc(shard, Stat::CxDestroy);
+}
+
+/// Whether the connection begins with HTTP/2 for sure. Without ALPN only its first octets tell.
+fn speaks_http2(manager: &HttpManager, peer: &Peer) -> bool {
+    match manager.codec {
+        Codec::Http1 => false,
+        Codec::Http2 => true,
+        Codec::Auto => peer.connection.alpn.as_deref().map(str::as_bytes) == Some(http2::ALPN),
+    }
+}
+
+async fn serve_http1(
+    worker: Rc<Worker>,
+    program: Rc<Program>,
+    entry: Entry,
+    stream: Stream,
+    peer: Peer,
+    place: Place,
+    manager: Arc<HttpManager>,
+) {
+    let (stats, shard) = (Arc::clone(&manager.stats), worker.shard);
+    stats.inc(shard, Stat::CxHttp1Total);
+    stats.inc(shard, Stat::CxHttp1Active);
+    let mut session = Session::new(worker, program, entry, stream, peer, place, manager);
+    let preface = session.run().await;
+    stats.dec(shard, Stat::CxHttp1Active);
+    if let Some(octets) = preface {
+        // It was no HTTP/1.1 connection at all; counters have no way back.
+        stats.add(shard, Stat::CxHttp1Total, u64::MAX);
+        Box::pin(session.go_on_in_http2(octets)).await;
+    }
+}
+
+/// Serves a client's HTTP/2 stream: its one exchange.
+pub(crate) async fn serve_stream(
+    worker: Rc<Worker>,
+    program: Rc<Program>,
+    entry: Entry,
+    stream: Stream,
+    peer: Peer,
+    place: Place,
+    manager: Arc<HttpManager>,
+) {
+    let mut session = Session::new(worker, program, entry, stream, peer, place, manager);
+    session.run().await;
+}
+
+/// Where the chain that a connection came in by stands in `program`: itself, and its connection manager there.
+pub(crate) fn same_place(place: &Place, program: &Program) -> Option<(Place, Option<Arc<HttpManager>>)> {
+    let name = &place.listener.name;
+    let listener = program.config.listeners.iter().find(|l| l.name == *name)?;
+    let chain = listener.same_chain(&place.listener, &place.chain)?;
+    let manager = match &chain.terminal {
+        Terminal::Http(manager) => Some(Arc::clone(manager)),
+        Terminal::Tcp(_) => None,
+    };
+    let place = Place {
+        listener: Arc::clone(listener),
+        chain: Arc::clone(chain),
+    };
+    Some((place, manager))
+}
+
+impl Session {
+    fn new(
+        worker: Rc<Worker>,
+        program: Rc<Program>,
+        entry: Entry,
+        stream: Stream,
+        peer: Peer,
+        place: Place,
+        manager: Arc<HttpManager>,
+    ) -> Self {
+        Self {
+            worker,
+            entry,
+            stream,
+            peer,
+            place,
+            manager,
+            program,
+            alarm: Alarm::default(),
+            served: 0,
+            closing: false,
+            preface: false,
+        }
+    }
+
+    /// What it began with was HTTP/2's preface, of which `octets` have been read.
+    async fn go_on_in_http2(self, octets: Bytes) {
+        let Self {
+            worker,
+            entry,
+            stream,
+            peer,
+            place,
+            manager,
+            program,
+            ..
+        } = self;
+        let begun = Begun { octets, stream };
+        http2::serve::serve(worker, program, entry, begun, peer, place, manager).await;
+    }
 }
 
 struct Session {
@@ -82,6 +187,8 @@ struct Session {
     served: u64,
     /// The listener is gone or has changed: the next response is the last.
     closing: bool,
+    /// What stands in the buffer is HTTP/2's preface, not a request.
+    preface: bool,
 }
 
 /// What a request came to.
@@ -127,7 +234,8 @@ impl Outcome {
 }
 
 impl Session {
-    async fn run(&mut self) {
+    /// Serves requests until the connection is to end; or what has been read, if that is the beginning of HTTP/2.
+    async fn run(&mut self) -> Option<Bytes> {
         let mut buffers: Option<Box<Buffers>> = None;
         loop {
             let mut held = match buffers.take() {
@@ -137,7 +245,7 @@ impl Session {
                         self.worker.return_buffers(spare);
                     }
                     if !self.wait_readable().await {
-                        return;
+                        return None;
                     }
                     self.worker.take_buffers()
                 }
@@ -154,13 +262,17 @@ impl Session {
                     self.answer_no_request(&mut held, reply).await
                 }
             };
+            let preface = self
+                .preface
+                .then(|| Bytes::copy_from_slice(held.request_in.unread()));
             buffers = Some(held);
-            if !keep {
-                break;
+            // A stream of HTTP/2 is one exchange.
+            if !keep || self.stream.is_http2() {
+                if let Some(spare) = buffers {
+                    self.worker.return_buffers(spare);
+                }
+                return preface;
             }
-        }
-        if let Some(spare) = buffers {
-            self.worker.return_buffers(spare);
         }
     }
 

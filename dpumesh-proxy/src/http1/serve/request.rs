@@ -11,14 +11,15 @@ use super::forward::Forwarding;
 use super::local::Reply;
 use super::redirect::location;
 use super::view::View;
-use super::{Outcome, Session};
-use crate::config::model::{ClusterRef, HttpManager, Terminal, Underscores};
+use super::{Outcome, Session, same_place};
+use crate::config::model::{ClusterRef, Codec, HttpManager, Underscores};
 use crate::http1::head::Refusal;
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
+use crate::http2::PREFACE;
 use crate::route::{Action, Forward, HeaderChanges, Route, Target};
 use crate::stats::Http as Stat;
-use crate::worker::{Buffers, Place, Program};
+use crate::worker::{Buffers, Program};
 
 /// The route that takes a request.
 struct Way<'a, 'r> {
@@ -59,6 +60,10 @@ impl Session {
         } = buffers;
         let parsed = request.parse(&mut request_in.unread_mut()[..length]);
         if let Err(refusal) = parsed {
+            if refusal == Refusal::Version && self.begins_http2(buffers) {
+                self.preface = true;
+                return false;
+            }
             return self.refuse(buffers, refusal).await;
         }
         if buffers.request.fields.fields.len() > self.manager.max_headers {
@@ -95,6 +100,15 @@ impl Session {
         outcome.keep
     }
 
+    /// Whether the octets that could not be read are the beginning of HTTP/2, and the connection may go on in it.
+    fn begins_http2(&self, buffers: &Buffers) -> bool {
+        let may = self.manager.codec == Codec::Auto && self.peer.connection.alpn.is_none();
+        let first = self.served == 0 && !self.stream.is_http2();
+        let octets = buffers.request_in.unread();
+        let length = octets.len().min(PREFACE.len());
+        may && first && octets[..length] == PREFACE[..length]
+    }
+
     /// Takes up a newer configuration: same chain, new routes; a chain that is changed or gone, close after this request,
     /// which still goes by the old one as a whole: its references are places in its own list of clusters.
     fn catch_up(&mut self) {
@@ -102,21 +116,10 @@ impl Session {
             return;
         }
         let program = self.worker.program();
-        let name = &self.place.listener.name;
-        let current = program.config.listeners.iter().find(|l| l.name == *name);
-        let same = current.and_then(|listener| {
-            let chain = listener.same_chain(&self.place.listener, &self.place.chain)?;
-            Some((listener, chain))
-        });
-        match same {
-            Some((listener, chain)) => {
-                if let Terminal::Http(manager) = &chain.terminal {
-                    self.manager = Arc::clone(manager);
-                }
-                self.place = Place {
-                    listener: Arc::clone(listener),
-                    chain: Arc::clone(chain),
-                };
+        match same_place(&self.place, &program) {
+            Some((place, manager)) => {
+                self.manager = manager.unwrap_or_else(|| Arc::clone(&self.manager));
+                self.place = place;
                 self.program = program;
             }
             None => self.closing = true,
@@ -274,7 +277,7 @@ impl Session {
                 let levels = [of_cluster, Some(of_route), Some(of_host), Some(of_table)];
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
-                let deadline = rewrite.timeout(forward).map(|t| begun + t);
+                let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
                     lane,

@@ -56,14 +56,15 @@ impl Session {
             self.worker.date.borrow_mut().at(SystemTime::now()),
         );
         let mut response = Flow::new(delivery.framing, delivery.out);
+        if self.stream.is_http2() && connection.stream.is_http2() {
+            response.pass_trailers();
+        }
         let asked = call
             .manager
             .access_log
             .iter()
             .any(|l| l.asks_for_upstream_local());
-        let local = asked
-            .then(|| connection.stream.socket().local_addr())
-            .and_then(Result::ok);
+        let local = asked.then(|| connection.stream.local_addr()).flatten();
         let relayed = self.relay(
             buffers,
             call,
@@ -165,6 +166,9 @@ impl Session {
             .prefill(response_in, response_out)
             .map_err(|_| Failure::Protocol { begun: true })?;
         poll_fn(|cx| {
+            if stream.poll_gone(cx).is_ready() {
+                return Poll::Ready(Err(Failure::Client));
+            }
             if !*sent {
                 match request.poll(cx, stream, &mut connection.stream, request_in, request_out) {
                     Poll::Ready(Ok(())) => *sent = true,
@@ -175,11 +179,8 @@ impl Session {
             match response.poll(cx, &mut connection.stream, stream, response_in, response_out) {
                 Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
                 Poll::Ready(Err(FlowError::Write(_))) => return Poll::Ready(Err(Failure::Client)),
-                Poll::Ready(Err(FlowError::Read(_))) => {
-                    return Poll::Ready(Err(Failure::Upstream {
-                        answered: true,
-                        begun: true,
-                    }));
+                Poll::Ready(Err(FlowError::Read(error))) => {
+                    return Poll::Ready(Err(Failure::from_endpoint(error.as_ref(), true, true)));
                 }
                 Poll::Ready(Err(FlowError::Framing(_))) => {
                     return Poll::Ready(Err(Failure::Protocol { begun: true }));
