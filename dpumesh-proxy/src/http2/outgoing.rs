@@ -288,3 +288,57 @@ fn field(line: &[u8]) -> io::Result<(HeaderName, HeaderValue)> {
     let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).map_err(|_| malformed())?;
     Ok((name, value))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &[u8] =
+        b"POST /x HTTP/1.1\r\nhost: a\r\nte: trailers\r\ncontent-length: 3\r\nconnection: close\r\n\r\n";
+
+    #[test]
+    fn a_head_cut_anywhere_is_the_same() {
+        for cut in 0..HEAD.len() {
+            let mut outgoing = Outgoing::default();
+            let (used, head) = outgoing.head(&HEAD[..cut]).unwrap();
+            assert!(used == cut && head.is_none(), "{cut}");
+            let rest = [&HEAD[cut..], b"abc"].concat();
+            let (used, head) = outgoing.head(&rest).unwrap();
+            let head = head.unwrap();
+            assert_eq!(used, HEAD.len() - cut);
+            assert_eq!(head.line, b"POST /x HTTP/1.1");
+            assert!(!head.ends && head.fields.len() == 3, "{head:?}");
+            assert!(!head.fields.contains_key("connection"));
+            assert!(matches!(outgoing.stage, Stage::Length(3)));
+        }
+    }
+
+    #[test]
+    fn what_ends_with_its_head_is_known_at_once() {
+        for (head, ends) in [
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".as_slice(), true),
+            (b"HTTP/1.1 200 OK\r\n\r\n", true),
+            (
+                b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+                true,
+            ),
+            (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", false),
+            (
+                b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\nt: 1\r\n\r\n",
+                false,
+            ),
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n", false),
+        ] {
+            let (_, found) = Outgoing::default().head(head).unwrap();
+            assert_eq!(found.unwrap().ends, ends, "{}", String::from_utf8_lossy(head));
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_no_field_is_refused() {
+        for line in ["no colon", "bad name: 1", ": 1", "x: a\0b"] {
+            let head = format!("HTTP/1.1 200 OK\r\n{line}\r\n\r\n");
+            assert!(Outgoing::default().head(head.as_bytes()).is_err(), "{line:?}");
+        }
+    }
+}

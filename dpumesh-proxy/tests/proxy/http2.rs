@@ -678,6 +678,85 @@ fn an_endpoint_that_says_goaway_is_left_without_a_failed_request() {
     assert_eq!(outer.stat("http.web.downstream_rq_5xx"), 0);
 }
 
+#[test]
+fn a_cluster_speaks_what_its_client_speaks() {
+    let endpoint = crate::harness::Endpoint::start("only");
+    let inner = Running::start(&simple(endpoint.address, ""));
+    let protocol = "use_downstream_protocol_config: {http_protocol_options: {}, http2_protocol_options: {}}";
+    let app = format!("[{}]", cluster("app", &[inner.web()], &speaks(protocol)));
+    let outer = bootstrap_with("[{match: {prefix: /}, route: {cluster: app}}]", &app, "", "", "");
+    let outer = Running::start(&outer);
+    assert_eq!(outer.client().get("/x").status(), 200);
+    assert_eq!(Http2Client::connect(outer.web()).get("/x").status, 200);
+    let counted = |name: &str| inner.stat(&format!("http.web.downstream_cx_{name}_total"));
+    assert_eq!((counted("http1"), counted("http2")), (1, 1));
+    assert_eq!(outer.stat("cluster.app.upstream_cx_http2_total"), 1);
+}
+
+#[test]
+fn an_endpoint_gets_no_more_streams_than_it_is_said_to_take() {
+    let endpoint = Http2Endpoint::start();
+    let protocol = "explicit_http_config: {http2_protocol_options: {max_concurrent_streams: 2}}";
+    at_both(
+        |_, _| {
+            let app = format!("[{}]", cluster("app", &[endpoint.address], &speaks(protocol)));
+            bootstrap_with("[{match: {prefix: /}, route: {cluster: app}}]", &app, "", "", "")
+        },
+        |subject, _| {
+            let before = endpoint.seen.connections.load(Ordering::SeqCst);
+            let mut client = client(subject);
+            let begun: Vec<_> = (0..6)
+                .map(|_| {
+                    let request = client.request("GET", "/slow", &[]);
+                    client.begin(request, true).0
+                })
+                .collect();
+            for answer in begun {
+                assert_eq!(client.runtime.block_on(whole(answer)).unwrap().text(), "late");
+            }
+            let made = endpoint.seen.connections.load(Ordering::SeqCst) - before;
+            assert_eq!(made, 3, "{}", subject.name());
+        },
+    );
+}
+
+#[test]
+fn faults_and_time_limits_are_told_the_grpc_way() {
+    let endpoint = Http2Endpoint::start();
+    let fault = "- {name: envoy.filters.http.fault, typed_config: {\"@type\": \
+                 type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault, abort: {grpc_status: 8, percentage: \
+                 {numerator: 100}}, headers: [{name: x-fault, present_match: true}]}}\n          ";
+    let route = ", timeout: 0s, max_stream_duration: {grpc_timeout_header_max: 2s}";
+    at_both(
+        |_, _| to_http2(endpoint.address, "", route, fault),
+        |subject, _| {
+            let mut client = client(subject);
+            let fields = [("content-type", "application/grpc"), ("x-fault", "1")];
+            let aborted = client.ask("POST", "/grpc", &fields, b"x").unwrap();
+            assert_eq!(
+                (aborted.status, aborted.header("grpc-status")),
+                (200, Some("8")),
+                "{aborted:?}"
+            );
+            assert_eq!(aborted.header("grpc-message"), Some("fault filter abort"));
+            let fields = [("content-type", "application/grpc"), ("grpc-timeout", "150m")];
+            let late = client.ask("POST", "/silent", &fields, b"").unwrap();
+            let status = match subject {
+                Subject::Ours(_) => "14",
+                Subject::Envoy { .. } => "4",
+            };
+            assert_eq!(
+                (late.status, late.header("grpc-status")),
+                (200, Some(status)),
+                "{late:?}"
+            );
+            await_true("the endpoint's stream is reset", || {
+                endpoint.seen.cancelled.swap(false, Ordering::SeqCst)
+            });
+        },
+    );
+}
+
 /// A frame (RFC 9113 §4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut out = (payload.len() as u32).to_be_bytes()[1..].to_vec();
@@ -888,25 +967,61 @@ fn a_body_is_as_long_as_it_says() {
 }
 
 #[test]
-fn floods_of_resets_end_the_connection() {
+fn floods_end_the_connection_and_nobody_else_s() {
     let endpoint = crate::harness::Endpoint::start("only");
     let subject = Running::start(&simple(endpoint.address, ""));
-    let mut frames = Vec::new();
-    for stream in (1..20_000).step_by(2) {
-        frames.push(frame(1, 5, stream, &block(&get(&[]))));
-        frames.push(frame(3, 0, stream, &8u32.to_be_bytes()));
+    let mut post = get(&[]);
+    post[0] = (b":method", b"POST");
+    let head = block(&get(&[]));
+    let resets: Vec<Vec<u8>> = (1..20_000)
+        .step_by(2)
+        .flat_map(|stream| {
+            [
+                frame(1, 5, stream, &head),
+                frame(3, 0, stream, &8u32.to_be_bytes()),
+            ]
+        })
+        .collect();
+    let malformed = block(&get(&[(b"connection", b"x")]));
+    let malformed: Vec<Vec<u8>> = (1..20_000)
+        .step_by(2)
+        .map(|stream| frame(1, 5, stream, &malformed))
+        .collect();
+    let mut continuations = vec![frame(1, 1, 1, &head)];
+    continuations.extend((0..20_000).map(|_| frame(9, 0, 1, &block(&[(b"x", &[b'a'; 100])]))));
+    let mut empty = vec![frame(1, 4, 1, &block(&post))];
+    empty.extend((0..100_000).map(|_| frame(0, 0, 1, b"")));
+    for (what, frames) in [
+        ("rapid reset", resets),
+        ("malformed streams", malformed),
+        ("CONTINUATION", continuations),
+        ("empty DATA", empty),
+    ] {
+        let mut socket = TcpStream::connect(subject.web()).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        out.extend(frame(4, 0, 0, &[]));
+        out.extend(frames.concat());
+        let mut writer = socket.try_clone().unwrap();
+        let written = std::thread::spawn(move || writer.write_all(&out).is_ok());
+        let mut rest = Vec::new();
+        let ended = match socket.read_to_end(&mut rest) {
+            Ok(_) => true,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        };
+        assert!(
+            ended,
+            "{what}: the connection is still open after {} octets",
+            rest.len()
+        );
+        // Whether all could be written depends on when the proxy hung up.
+        let _ = written.join().unwrap();
+        assert_eq!(
+            subject.client().get("/x").status(),
+            200,
+            "{what}: others are served"
+        );
     }
-    let mut socket = TcpStream::connect(subject.web()).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    out.extend(frame(4, 0, 0, &[]));
-    out.extend(frames.concat());
-    // The proxy may have hung up before it is all written.
-    let _ = socket.write_all(&out);
-    let mut rest = Vec::new();
-    let _ = socket.read_to_end(&mut rest);
-    let mut client = subject.client();
-    assert_eq!(client.get("/x").status(), 200, "others are served");
 }
 
 #[test]
