@@ -1024,23 +1024,54 @@ fn floods_end_the_connection_and_nobody_else_s() {
     }
 }
 
-#[test]
-fn http2_is_agreed_on_in_tls() {
-    let authority = crate::mesh::Authority::new();
-    let (chain, key) = authority.leaf_named("spiffe://td/ns/a/sa/b", Some("test"));
-    let quoted = |pem: &str| format!("{pem:?}");
-    let endpoint = crate::harness::Endpoint::start("only");
-    let text = simple(endpoint.address, "").replace(
+/// [`simple`] behind TLS that agrees on h2 or http/1.1.
+fn behind_tls(endpoint: SocketAddr, (chain, key): &(String, String)) -> String {
+    simple(endpoint, "").replace(
         "    filter_chains:\n    - filters:",
         &format!(
             "    filter_chains:\n    - transport_socket: {{name: tls, typed_config: {{\"@type\": \
              type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext, common_tls_context: \
-             {{alpn_protocols: [h2, http/1.1], tls_certificates: [{{certificate_chain: {{inline_string: {}}}, \
-             private_key: {{inline_string: {}}}}}]}}}}}}\n      filters:",
-            quoted(&chain),
-            quoted(&key)
+             {{alpn_protocols: [h2, http/1.1], tls_certificates: [{{certificate_chain: {{inline_string: {chain:?}}}, \
+             private_key: {{inline_string: {key:?}}}}}]}}}}}}\n      filters:"
         ),
-    );
+    )
+}
+
+#[test]
+fn http2_is_agreed_on_with_endpoints_too() {
+    let authority = crate::mesh::Authority::new();
+    let leaf = authority.leaf_named("spiffe://td/ns/a/sa/b", Some("test"));
+    let endpoint = crate::harness::Endpoint::start("only");
+    let inner = Running::start(&behind_tls(endpoint.address, &leaf));
+    let http1 = inner.stat("http.web.downstream_cx_http1_total");
+    for (offered, http2) in [("h2, http/1.1", 1), ("http/1.1", 0)] {
+        let socket = format!(
+            "{}, transport_socket: {{name: tls, typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext, sni: test, common_tls_context: \
+             {{alpn_protocols: [{offered}], validation_context: {{trusted_ca: {{inline_string: {:?}}}}}}}}}}}",
+            speaks("auto_config: {}"),
+            authority.root
+        );
+        let app = format!("[{}]", cluster("app", &[inner.web()], &socket));
+        let outer = bootstrap_with("[{match: {prefix: /}, route: {cluster: app}}]", &app, "", "", "");
+        let outer = Running::start(&outer);
+        for _ in 0..3 {
+            let head = outer.client().get("/x");
+            assert_eq!(head.status(), 200, "{}", head.text());
+        }
+        assert_eq!(outer.stat("cluster.app.upstream_cx_http2_total"), http2);
+        assert_eq!(outer.stat("cluster.app.upstream_cx_http1_total"), 1 - http2);
+    }
+    assert_eq!(inner.stat("http.web.downstream_cx_http2_total"), 1);
+    assert_eq!(inner.stat("http.web.downstream_cx_http1_total"), http1 + 1);
+}
+
+#[test]
+fn http2_is_agreed_on_in_tls() {
+    let authority = crate::mesh::Authority::new();
+    let leaf = authority.leaf_named("spiffe://td/ns/a/sa/b", Some("test"));
+    let endpoint = crate::harness::Endpoint::start("only");
+    let text = behind_tls(endpoint.address, &leaf);
     let subject = Running::start(&text);
     let mut roots = rustls::RootCertStore::empty();
     let root = rustls::pki_types::pem::PemObject::from_pem_slice(authority.root.as_bytes());
