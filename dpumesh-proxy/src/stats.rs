@@ -67,7 +67,6 @@ members! {
         CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
-        Http2MessagingError = "downstream_http2_rx_messaging_error" Counter,
         RqTotal = "downstream_rq_total" Counter,
         RqActive = "downstream_rq_active" Gauge,
         RqCompleted = "downstream_rq_completed" Counter,
@@ -90,6 +89,15 @@ members! {
         RqRedirect = "rq_redirect" Counter,
         RqDirectResponse = "rq_direct_response" Counter,
         RouterRqTotal = "rq_total" Counter,
+    }
+}
+
+members! {
+    /// `http2.*`: all connections of clients that speak HTTP/2.
+    Http2 {
+        GoawaySent = "goaway_sent" Counter,
+        RxMessagingError = "rx_messaging_error" Counter,
+        StreamsActive = "streams_active" Gauge,
     }
 }
 

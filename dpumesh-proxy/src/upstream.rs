@@ -302,7 +302,8 @@ impl Lane {
         let (endpoint, terms) = (&picked.endpoint, self.terms(peer));
         let key = endpoint.key(peer);
         let limit = Instant::now() + self.cluster.connect_timeout;
-        let Ok(_making) = timeout_at(limit, endpoint.http2.making.lock()).await else {
+        let making = endpoint.http2.making(&key);
+        let Ok(_making) = timeout_at(limit, making.lock()).await else {
             return Err(NoConnection::TimedOut);
         };
         let mut found = endpoint.http2.take(&key, &terms);

@@ -98,6 +98,8 @@ pub struct Worker {
     /// In a stack namespace: the counters of each ingress port.
     ingress: Option<RefCell<HashMap<IngressPort, Arc<Scope>>>>,
     registry: Arc<Registry>,
+    /// `http2.*`
+    pub http2: Arc<Scope>,
     /// What is known of every plain connection.
     plain: Arc<Connection>,
     secrets: Arc<dyn Secrets>,
@@ -223,6 +225,7 @@ impl Worker {
             connections: Cell::new(0),
             ingress: start.stack_netns.as_ref().map(|_| RefCell::default()),
             registry: Arc::clone(&start.registry),
+            http2: start.registry.scope("http2", stats::Http2::TABLE),
             plain: Arc::default(),
             secrets: Arc::clone(&start.secrets),
         })

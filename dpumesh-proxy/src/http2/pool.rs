@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{Builder, SendRequest};
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::call::Call;
@@ -26,15 +27,14 @@ const LARGEST_RESPONSE_HEAD: u32 = 64 * 1024;
 #[derive(Debug)]
 pub struct Pool<K> {
     connections: RefCell<HashMap<K, Vec<Rc<Shared>>>>,
-    /// Held while a connection is made: the others wait for its streams.
-    pub making: tokio::sync::Mutex<()>,
+    making: RefCell<HashMap<K, Rc<Mutex<()>>>>,
 }
 
 impl<K> Default for Pool<K> {
     fn default() -> Self {
         Self {
             connections: RefCell::default(),
-            making: tokio::sync::Mutex::default(),
+            making: RefCell::default(),
         }
     }
 }
@@ -113,7 +113,13 @@ pub struct Terms<'a> {
     pub freed: &'a Rc<Freed>,
 }
 
-impl<K: Eq + Hash> Pool<K> {
+impl<K: Eq + Hash + Clone> Pool<K> {
+    /// To be held while a connection is made: those that may use it wait for its streams, others do not.
+    pub fn making(&self, key: &K) -> Rc<Mutex<()>> {
+        let mut making = self.making.borrow_mut();
+        Rc::clone(making.entry(key.clone()).or_default())
+    }
+
     /// A stream on a connection that is open and has room.
     pub fn take(&self, key: &K, terms: &Terms<'_>) -> Option<Call> {
         let mut connections = self.connections.borrow_mut();
@@ -178,6 +184,9 @@ impl<K: Eq + Hash> Pool<K> {
 
     /// Leaves connections that are closed, spent, or idle too long.
     pub fn sweep(&self, now: Instant, idle_timeout: Option<Duration>, timed_out: &dyn Fn()) {
+        self.making
+            .borrow_mut()
+            .retain(|_, held| Rc::strong_count(held) > 1);
         let mut connections = self.connections.borrow_mut();
         connections.retain(|_, all| {
             all.retain(|c| {

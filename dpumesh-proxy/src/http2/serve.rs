@@ -21,7 +21,7 @@ use super::{LOCAL_RESETS, PENDING_RESETS, SEND_BUFFER};
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::HttpManager;
 use crate::http1::serve::{same_place, serve_stream};
-use crate::stats::Http as Stat;
+use crate::stats::{Http as Stat, Http2 as Stat2, Scope, Shard};
 use crate::tls::Stream;
 use crate::worker::{Entry, Peer, Place, Program, Worker};
 
@@ -170,8 +170,7 @@ impl Client {
                 Event::Request(request, response) => self.begin(*request, response),
                 Event::Leave(why) => {
                     stats.inc(shard, why);
-                    self.leaving = true;
-                    connection.graceful_shutdown();
+                    self.leave(&mut connection);
                 }
                 Event::Abandon => return,
                 Event::Over(error) => {
@@ -183,11 +182,17 @@ impl Client {
             }
             if self.manager.max_requests > 0 && self.served >= self.manager.max_requests && !self.leaving {
                 stats.inc(shard, Stat::CxMaxRequests);
-                self.leaving = true;
-                connection.graceful_shutdown();
+                self.leave(&mut connection);
             }
             idle_since = Instant::now();
         }
+    }
+
+    /// Says GOAWAY: streams that were begun are served, no more come.
+    fn leave(&mut self, connection: &mut Connection<Begun, Bytes>) {
+        self.worker.http2.inc(self.worker.shard, Stat2::GoawaySent);
+        self.leaving = true;
+        connection.graceful_shutdown();
     }
 
     async fn next(&mut self, connection: &mut Connection<Begun, Bytes>, mut idle_since: Instant) -> Event {
@@ -252,12 +257,12 @@ impl Client {
                 let (stats, shard) = (&self.manager.stats, self.worker.shard);
                 stats.inc(shard, Stat::RqTotal);
                 stats.inc(shard, Stat::RqTxReset);
-                stats.inc(shard, Stat::Http2MessagingError);
+                self.worker.http2.inc(shard, Stat2::RxMessagingError);
                 response.send_reset(Reason::PROTOCOL_ERROR);
                 return;
             }
         };
-        let open = Open::new(&self.streams);
+        let open = Open::new(&self.streams, &self.worker);
         let stream = Stream::Exchange(Box::new(exchange));
         let served = serve_stream(
             Rc::clone(&self.worker),
@@ -287,18 +292,28 @@ impl Client {
 }
 
 /// Counts a stream as open.
-struct Open(Rc<Streams>);
+struct Open {
+    streams: Rc<Streams>,
+    stats: Arc<Scope>,
+    shard: Shard,
+}
 
 impl Open {
-    fn new(streams: &Rc<Streams>) -> Self {
+    fn new(streams: &Rc<Streams>, worker: &Worker) -> Self {
         streams.open.set(streams.open.get() + 1);
-        Self(Rc::clone(streams))
+        worker.http2.inc(worker.shard, Stat2::StreamsActive);
+        Self {
+            streams: Rc::clone(streams),
+            stats: Arc::clone(&worker.http2),
+            shard: worker.shard,
+        }
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
-        self.0.ended.notify_one();
+        self.stats.dec(self.shard, Stat2::StreamsActive);
+        self.streams.open.set(self.streams.open.get() - 1);
+        self.streams.ended.notify_one();
     }
 }

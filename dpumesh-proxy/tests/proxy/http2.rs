@@ -654,6 +654,7 @@ fn a_drain_says_goaway_and_serves_what_was_begun() {
     let request = client.request("GET", "/slow", &[]);
     let (answer, _) = client.begin(request, true);
     await_true("the endpoint has it", || endpoint.requests() == 1);
+    assert_eq!(running.stat("http2.streams_active"), 1);
     running.proxy.drain();
     let answer = client.runtime.block_on(whole(answer)).unwrap();
     assert_eq!(answer.text(), "late");
@@ -963,7 +964,7 @@ fn a_body_is_as_long_as_it_says() {
         fate(subject.web(), &[frame(1, 5, 1, &block(&host))]),
         Fate::Answered
     );
-    assert_eq!(subject.stat("http.web.downstream_http2_rx_messaging_error"), 1);
+    assert_eq!(subject.stat("http2.rx_messaging_error"), 1);
 }
 
 #[test]
