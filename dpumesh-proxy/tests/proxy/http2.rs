@@ -927,7 +927,7 @@ fn malformed_requests_never_reach_an_endpoint() {
                 let found = fate(subject.web(), &[frame(1, 5, 1, &block(fields))]);
                 match subject {
                     Subject::Ours(_) => assert_ne!(found, Fate::Answered, "{what}"),
-                    // Envoy answers 400 to some of them.
+                    // Envoy ends the connection at most of them, and answers 400 to the rest.
                     Subject::Envoy { .. } => {}
                 }
                 if matches!(subject, Subject::Ours(_)) {
