@@ -1,4 +1,5 @@
-//! The memory backend, linked and as a foreign library: the same cases pass, the same are skipped.
+//! The memory backend, linked and as a foreign library: the same cases pass, the same are skipped but for those of a hook that the
+//! C interface lacks.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,11 +51,13 @@ async fn linked_and_loaded_it_is_the_same() {
     let linked = MemoryFixture::new("memory", MemoryConfig::default());
     let linked = run(Arc::new(linked), "", DEADLINE).await;
     assert!(linked.is_clean(), "{linked}");
-    assert_eq!(loaded.counts(), linked.counts(), "{loaded}");
+    assert!(loaded.is_clean(), "{loaded}");
+    // A library has no hook that disturbs its card.
+    let of_hook = |outcome: &str| outcome.starts_with("not supported: rig.disturb");
     let different: Vec<_> = outcomes(&linked)
         .into_iter()
         .zip(outcomes(&loaded))
-        .filter(|(linked, loaded)| linked != loaded)
+        .filter(|(linked, loaded)| linked != loaded && !of_hook(&loaded.1))
         .collect();
     assert!(different.is_empty(), "linked, and loaded:\n{different:#?}");
 }
