@@ -1,8 +1,8 @@
 //! Events of a card: read off the card itself, never a one-shot discovery.
 //!
 //! A subscription compares what is there with what it saw last: at once when this process changed the card, else every
-//! [`LOOK`]. What changed and changed back between two looks is not seen, except for the card's lives, which are
-//! numbered: each one's `Lost` and `Back` are told.
+//! [`LOOK`]. What changed and changed back between two looks is not seen, except for what is numbered: the card's lives,
+//! each one's `Lost` and `Back`, and the makings of its VFs by whoever uses its journal.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -13,7 +13,7 @@ use dpumesh_core::{ControllerId, Epoch, Event, EventStream, PciAddress, PfIndex,
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::card::Inner;
+use crate::card::{Inner, indices};
 use crate::discover;
 
 /// How often the card is looked at.
@@ -37,7 +37,8 @@ pub(crate) struct Subscription {
 struct Seen {
     epoch: Epoch,
     away: bool,
-    vfs: BTreeMap<PortRef, PciAddress>,
+    /// VFs, with the number of their making.
+    vfs: BTreeMap<PortRef, (PciAddress, u64)>,
     carriers: BTreeMap<PortRef, bool>,
 }
 
@@ -77,7 +78,9 @@ impl Seen {
             return Some(seen);
         }
         for (port, function) in change.vfs() {
-            seen.vfs.insert(port, function.pci);
+            let making = indices(port).and_then(|(pf, _)| change.record.makings.get(&pf));
+            let making = making.copied().unwrap_or_default();
+            seen.vfs.insert(port, (function.pci, making));
             if let Some(link) = discover::netdev_of(change.links(), function.pci) {
                 seen.carriers.insert(port, link.carrier);
             }
@@ -116,12 +119,12 @@ fn difference(before: &Seen, now: &Seen) -> Vec<Event> {
     let gone = before
         .vfs
         .iter()
-        .filter(|(port, pci)| now.vfs.get(port) != Some(pci));
+        .filter(|(port, vf)| now.vfs.get(port) != Some(vf));
     events.extend(gone.map(|(port, _)| Event::VfRemoved(*port)));
     let new = now
         .vfs
         .iter()
-        .filter(|(port, pci)| before.vfs.get(port) != Some(pci));
+        .filter(|(port, vf)| before.vfs.get(port) != Some(vf));
     events.extend(new.map(|(port, _)| Event::VfAdded(*port)));
     let carriers = now.carriers.iter();
     events.extend(carriers.filter_map(|(port, up)| {
@@ -169,7 +172,7 @@ mod tests {
             away,
             vfs: vfs
                 .iter()
-                .map(|(index, pci)| (port(0, *index), pci.parse().expect("an address")))
+                .map(|(index, pci)| (port(0, *index), (pci.parse().expect("an address"), epoch)))
                 .collect(),
             carriers: [(port(0, 0), carrier)].into(),
         }
@@ -195,6 +198,16 @@ mod tests {
             let (before, now) = (seen(before.0, before.1, &[], true), seen(now.0, now.1, &[], true));
             assert_eq!(difference(&before, &now), events);
         }
+    }
+
+    #[test]
+    fn a_vf_that_was_made_anew_is_another() {
+        let before = seen(1, false, &[(0, "0000:01:10.0")], true);
+        let mut now = before.clone();
+        now.vfs.values_mut().for_each(|(_, making)| *making += 1);
+        let expected = [Event::VfRemoved(port(0, 0)), Event::VfAdded(port(0, 0))];
+        assert_eq!(difference(&before, &now), expected);
+        assert_eq!(difference(&now, &now), []);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use dpumesh_core::vf::{LeaseId, VfConfig, VfLease};
-use dpumesh_core::{DpuId, Epoch, MacAddr, Mtu, PciAddress, PortRef, ResetLevels, VfAttributes};
+use dpumesh_core::{DpuId, Epoch, MacAddr, Mtu, PciAddress, PfIndex, PortRef, ResetLevels, VfAttributes};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ pub(crate) struct Record {
     /// What the card was found able to do in this life.
     pub(crate) abilities: Abilities,
     next_lease: u64,
+    /// How often the VFs of each physical function were made: a VF that is made anew is another one at the same address.
+    #[serde(default)]
+    pub(crate) makings: BTreeMap<PfIndex, u64>,
     pub(crate) functions: BTreeMap<PortRef, Function>,
     /// Leases of the last life that ended: what an owner may want to have again.
     pub(crate) former: Vec<Held>,
@@ -145,6 +148,7 @@ impl Record {
             life: Life::default(),
             abilities: Abilities::default(),
             next_lease: 1,
+            makings: BTreeMap::new(),
             functions: BTreeMap::new(),
             former: Vec::new(),
         }

@@ -41,10 +41,12 @@ impl SriovVf {
             let message = "a VF is leased, and the kernel changes the number only through zero";
             return Err(change.refuse(ErrorKind::Busy, message).field("pf"));
         }
-        write(&mut change, &function, count)?;
+        let written = write(&mut change, &function, count);
+        // What was made is told, whether it is all that was asked for or not.
+        change.commit()?;
+        written?;
         let actual = discover::vfs(change.kernel().sysfs(), function.pci).len();
         let actual = u16::try_from(actual).unwrap_or(u16::MAX);
-        self.card.changed.notify_waiters();
         Ok(done(actual, count))
     }
 }
@@ -74,7 +76,7 @@ fn is_leased(change: &Change<'_>, pf: PfIndex) -> bool {
 }
 
 /// Changes the number through zero, and waits until the VFs are enumerated and those with a driver have their network
-/// devices.
+/// devices. The record is changed, and not committed.
 pub(crate) fn write(change: &mut Change<'_>, pf: &Pf, count: u16) -> Result<()> {
     let attribute = discover::directory(pf.pci).join("sriov_numvfs");
     let mut effect = Effect::None;
@@ -86,6 +88,9 @@ pub(crate) fn write(change: &mut Change<'_>, pf: &Pf, count: u16) -> Result<()> 
         let written = change.kernel().write(&attribute, &number.to_string());
         written.map_err(|failed| change.failed(failed).effect(effect).object(pf.pci))?;
         effect = Effect::Partial;
+        let index = change.inner.pfs.iter().position(|pci| *pci == pf.pci);
+        let index = PfIndex(index.unwrap_or_default() as u16);
+        *change.record.makings.entry(index).or_default() += 1;
     }
     await_netdevs(change, pf)
 }
