@@ -224,7 +224,7 @@ mod tests {
 
     async fn lease_on(model: Model) -> (Isolation, Option<ErrorKind>, Vec<String>) {
         let machine = FakeMachine::new(model).expect("a machine");
-        let options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
+        let options = Options::new(machine.device(), "dpu0", machine.directory());
         let card = Card::open_on(options, Arc::new(machine.clone()), Parts::default()).expect("opened");
         let calls = machine.take_calls();
         let vf = card.require_vf().expect("VFs");

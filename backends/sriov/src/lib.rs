@@ -40,6 +40,8 @@ pub mod isolation;
 pub mod kernel;
 mod options;
 mod ports;
+#[cfg(feature = "conformance")]
+pub mod real;
 mod record;
 mod steering;
 mod vf;

@@ -453,7 +453,7 @@ mod tests {
     use crate::{Card, Options, Parts, Protect};
 
     fn open(machine: &FakeMachine, protect: Protect) -> Arc<Card> {
-        let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
+        let mut options = Options::new(machine.device(), "dpu0", machine.directory());
         options.vlans = Some((3000, 3999));
         options.protect = protect;
         Card::open_on(options, Arc::new(machine.clone()), Parts::default()).expect("opened")

@@ -207,7 +207,7 @@ mod tests {
     use crate::{Options as CardOptions, Parts};
 
     fn card(machine: &FakeMachine) -> Arc<Card> {
-        let mut options = CardOptions::new(FakeMachine::device(), "dpu0", machine.directory());
+        let mut options = CardOptions::new(machine.device(), "dpu0", machine.directory());
         options.vlans = Some((3000, 3999));
         Card::open_on(options, Arc::new(machine.clone()), Parts::default()).expect("opened")
     }

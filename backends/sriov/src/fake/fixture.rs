@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use dpumesh_core::offload::Program;
 use dpumesh_core::{Backend, BackendExt, PfIndex, PortRef, Result};
 use dpumesh_hw::conformance::{Clock, Crash, Expectations, Fixture, Namespaces, Probe, Reset, Rig, Sabotage};
+use dpumesh_hw::netlink::EswitchMode;
 
 use super::{FakeMachine, Model};
 use crate::kernel::KernelError;
@@ -23,6 +24,7 @@ pub struct FakeFixture {
     model: Model,
     protect: Protect,
     vlans: Option<(u16, u16)>,
+    mode: EswitchMode,
     expected: Expectations,
 }
 
@@ -34,6 +36,7 @@ impl FakeFixture {
             model,
             protect: Protect::Required,
             vlans: Some((3000, 3999)),
+            mode: EswitchMode::Legacy,
             expected: Expectations::default(),
         }
     }
@@ -45,11 +48,45 @@ impl FakeFixture {
         self
     }
 
+    /// In switchdev mode: with representors, and steering on them.
+    #[must_use]
+    pub fn in_switchdev_mode(mut self) -> Self {
+        self.mode = EswitchMode::Switchdev;
+        self
+    }
+
     /// With known deviations.
     #[must_use]
     pub fn expecting(mut self, expected: Expectations) -> Self {
         self.expected = expected;
         self
+    }
+
+    /// A fresh card in a PCI domain of its own.
+    ///
+    /// # Errors
+    /// What kept it from being made.
+    pub async fn rig(&self, domain: u16) -> Result<FakeRig> {
+        let machine = FakeMachine::in_domain(self.model.clone(), domain).map_err(|failed| {
+            let failed = KernelError {
+                errno: failed.raw_os_error(),
+                what: failed.to_string(),
+            };
+            crate::card::kernel_error("fake.open", failed)
+        })?;
+        let mut options = Options::new(machine.device(), "dpu0", machine.directory());
+        options.protect = self.protect;
+        options.vlans = self.vlans;
+        let card = open(&machine, &options)?;
+        let rig = FakeRig {
+            vfs: VFS.min(self.model.total_vfs),
+            mode: self.mode,
+            machine,
+            options,
+            card: Mutex::new(card),
+        };
+        rig.make_ready().await?;
+        Ok(rig)
     }
 }
 
@@ -60,23 +97,7 @@ impl Fixture for FakeFixture {
     }
 
     async fn open(&self) -> Result<Box<dyn Rig>> {
-        let machine = FakeMachine::new(self.model.clone()).map_err(|failed| {
-            let failed = KernelError {
-                errno: failed.raw_os_error(),
-                what: failed.to_string(),
-            };
-            crate::card::kernel_error("fake.open", failed)
-        })?;
-        let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
-        options.protect = self.protect;
-        options.vlans = self.vlans;
-        let rig = FakeRig::new(machine, options)?;
-        let card = rig.host();
-        let count = VFS.min(self.model.total_vfs);
-        card.require_vf()?
-            .set_vf_count(card.fence(), PfIndex(0), count)
-            .await?;
-        Ok(Box::new(rig))
+        Ok(Box::new(self.rig(0).await?))
     }
 
     fn expectations(&self) -> Expectations {
@@ -84,26 +105,35 @@ impl Fixture for FakeFixture {
     }
 }
 
-struct FakeRig {
+/// A fake card and what a case may do to it.
+pub struct FakeRig {
     machine: FakeMachine,
     options: Options,
     card: Mutex<Arc<Card>>,
+    mode: EswitchMode,
     vfs: u16,
 }
 
 impl FakeRig {
-    fn new(machine: FakeMachine, options: Options) -> Result<Self> {
-        let card = open(&machine, &options)?;
-        Ok(Self {
-            machine,
-            options,
-            card: Mutex::new(card),
-            vfs: VFS,
-        })
+    /// The machine that the card is in.
+    pub fn machine(&self) -> &FakeMachine {
+        &self.machine
     }
 
     fn card(&self) -> Arc<Card> {
         Arc::clone(&self.card.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A card comes in legacy mode and without VFs: who owns the node changes the one and makes the others.
+    async fn make_ready(&self) -> Result<()> {
+        let card = self.card();
+        if self.mode == EswitchMode::Switchdev {
+            card.set_eswitch_mode(card.fence(), self.mode)?;
+        }
+        card.require_vf()?
+            .set_vf_count(card.fence(), PfIndex(0), self.vfs)
+            .await?;
+        Ok(())
     }
 }
 
@@ -166,15 +196,9 @@ impl Reset for FakeRig {
     }
 
     async fn bring_back(&self) -> Result<()> {
-        self.machine.bring_back();
-        let card = self.card();
-        card.look();
-        // A card comes back without VFs; who owns the node makes them again.
-        let count = self.vfs;
-        card.require_vf()?
-            .set_vf_count(card.fence(), PfIndex(0), count)
-            .await?;
-        Ok(())
+        self.machine.bring_back_in(self.mode);
+        self.card().look();
+        self.make_ready().await
     }
 }
 

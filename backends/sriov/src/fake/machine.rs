@@ -38,6 +38,7 @@ struct Shared {
 
 #[derive(Debug)]
 pub(super) struct State {
+    domain: u16,
     pub(super) away: bool,
     pub(super) pfs: Vec<FakePf>,
     devices: Vec<Device>,
@@ -94,8 +95,17 @@ impl FakeMachine {
     /// # Errors
     /// If there is no room for its sysfs.
     pub fn new(model: Model) -> std::io::Result<Self> {
+        Self::in_domain(model, 0)
+    }
+
+    /// The same with the card in another PCI domain: for cards that must differ in their addresses.
+    ///
+    /// # Errors
+    /// Those of [`FakeMachine::new`].
+    pub fn in_domain(model: Model, domain: u16) -> std::io::Result<Self> {
         let root = tempfile::tempdir()?;
         let mut state = State {
+            domain,
             away: false,
             pfs: Vec::new(),
             devices: Vec::new(),
@@ -119,9 +129,9 @@ impl FakeMachine {
         })))
     }
 
-    /// A function of the card, for [`crate::Options::device`].
-    pub fn device() -> PciAddress {
-        pf_address(0)
+    /// The card's first function, for [`crate::Options::device`].
+    pub fn device(&self) -> PciAddress {
+        pf_address(self.state().domain, 0)
     }
 
     /// Directory that lives as long as the machine, for a journal.
@@ -168,9 +178,17 @@ impl FakeMachine {
 
     /// The card returns, as from the factory.
     pub fn bring_back(&self) {
+        self.bring_back_in(EswitchMode::Legacy);
+    }
+
+    /// The card returns in a mode that its firmware keeps.
+    pub fn bring_back_in(&self, mode: EswitchMode) {
         let mut state = self.state();
         state.away = false;
         state.plug_in(&self.0.model);
+        for pf in &mut state.pfs {
+            pf.switchdev = mode == EswitchMode::Switchdev;
+        }
         self.rewrite(&state);
     }
 
@@ -376,21 +394,22 @@ fn refused(what: impl fmt::Display, errno: i32) -> KernelError {
     }
 }
 
-fn pf_address(index: u16) -> PciAddress {
-    PciAddress::new(0, 1, 0, index as u8).unwrap_or_else(|| pf_address(0))
+fn pf_address(domain: u16, index: u16) -> PciAddress {
+    PciAddress::new(domain, 1, 0, index as u8).unwrap_or_else(|| pf_address(domain, 0))
 }
 
-fn vf_address(pf: u16, vf: u16) -> PciAddress {
+fn vf_address(domain: u16, pf: u16, vf: u16) -> PciAddress {
     // Routing ids behind the PFs', eight functions to a device, 256 to a bus.
     let id = 0x80 + u32::from(pf) * 0x200 + u32::from(vf);
     let bus = 1 + (id >> 8) as u8;
-    PciAddress::new(0, bus, (id >> 3 & 31) as u8, (id & 7) as u8).unwrap_or_else(|| pf_address(0))
+    PciAddress::new(domain, bus, (id >> 3 & 31) as u8, (id & 7) as u8)
+        .unwrap_or_else(|| pf_address(domain, 0))
 }
 
 impl State {
     fn plug_in(&mut self, model: &Model) {
         for index in 0..model.pfs {
-            let pci = pf_address(index);
+            let pci = pf_address(self.domain, index);
             let port_name = model.switchdev.then(|| format!("p{index}"));
             let mac = [2, 0xca, 0xfe, 0, index as u8, 0xff];
             let link = self.new_link(&format!("ens1f{index}"), Some(pci), port_name, mac, model.max_mtu);
@@ -476,7 +495,7 @@ impl State {
             !of_vf && !stands_for
         });
         for index in 0..count.min(model.firmware_vfs) {
-            let pci = vf_address(pf, index);
+            let pci = vf_address(self.domain, pf, index);
             let mut admin = Vf::new(index);
             if model.attributes.contains(VfAttributes::SPOOF_CHECK) {
                 admin.spoof_check = Some(true);

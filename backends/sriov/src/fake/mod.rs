@@ -10,7 +10,7 @@ mod frames;
 mod machine;
 mod tree;
 
-pub use fixture::FakeFixture;
+pub use fixture::{FakeFixture, FakeRig};
 pub use machine::{Died, FakeMachine};
 
 use dpumesh_core::VfAttributes;

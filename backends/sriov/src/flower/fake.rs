@@ -8,6 +8,7 @@ use netlink_packet_core::NLM_F_DUMP;
 
 use super::filter::{Filter, Place, RTM_DELTFILTER, RTM_GETTFILTER, RTM_NEWTFILTER, Skip};
 use super::kernel::{Answer, Kernel, Message, Refusal, Request};
+use super::key::Keys;
 use super::octets::{Writer, find, u32_at};
 
 /// The block of fake cards that tests of this module make.
@@ -18,6 +19,8 @@ pub(super) const BLOCK: u32 = 77;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct State {
     pub(super) filters: BTreeMap<Place, Vec<u8>>,
+    /// Those that were added by a request: what they match, and whether the driver took them.
+    added: BTreeMap<Place, (Keys, bool)>,
     /// Filters that the driver takes; `None`: it has no tc at all.
     pub(super) hardware: Option<usize>,
     /// Rules, by cookie, that it refuses with this errno.
@@ -80,6 +83,7 @@ impl State {
                 self.bound.remove(&link);
                 if self.bound.is_empty() {
                     self.filters.clear();
+                    self.added.clear();
                 }
                 Ok(Vec::new())
             }
@@ -104,9 +108,11 @@ impl State {
                 found.ok_or_else(|| refusal(libc::ENOENT))
             }
             RTM_DELTFILTER => {
+                let place = place(&request.body);
+                self.added.remove(&place);
                 let found = self
                     .filters
-                    .remove(&place(&request.body))
+                    .remove(&place)
                     .map(|body| vec![filter_message(&body)]);
                 found.ok_or_else(|| refusal(libc::ENOENT))
             }
@@ -124,23 +130,18 @@ impl State {
         if let Some(errno) = self.refuse.get(&filter.cookie) {
             return Err(refusal(*errno));
         }
+        let of_place = |handle| Place {
+            handle,
+            ..filter.place
+        };
         let same = self
-            .filters
-            .values()
-            .filter_map(|body| Filter::read(body, block))
-            .any(|there| {
-                let there = there.filter;
-                (there.place.chain, there.place.prio) == (filter.place.chain, filter.place.prio)
-                    && (there.place.handle == filter.place.handle || there.keys == filter.keys)
-            });
+            .added
+            .range(of_place(0)..=of_place(u32::MAX))
+            .any(|(place, (keys, _))| place.handle == filter.place.handle || *keys == filter.keys);
         if same {
             return Err(refusal(libc::EEXIST));
         }
-        let used = self
-            .filters
-            .values()
-            .filter(|body| Filter::read(body, block).is_some_and(|s| s.in_hardware))
-            .count();
+        let used = self.added.values().filter(|(_, taken)| *taken).count();
         let taken = filter.skip != Skip::Hardware && self.hardware.is_some_and(|room| used < room);
         if filter.skip == Skip::Software && !taken {
             let errno = if self.hardware.is_some() {
@@ -153,6 +154,7 @@ impl State {
         let body = with_flag(body, if taken { 1 << 2 } else { 1 << 3 });
         let message = filter_message(&body);
         self.filters.insert(filter.place, body);
+        self.added.insert(filter.place, (filter.keys, taken));
         Ok(vec![message])
     }
 }

@@ -35,7 +35,7 @@ impl World {
     /// A card with two VFs at the host.
     pub(super) fn new(model: Model) -> Self {
         let machine = FakeMachine::new(model).expect("a machine");
-        let mut options = Options::new(FakeMachine::device(), "dpu0", machine.directory());
+        let mut options = Options::new(machine.device(), "dpu0", machine.directory());
         options.vlans = Some((3000, 3999));
         let pod = machine.namespace();
         let mut world = Self {

@@ -82,7 +82,7 @@ impl Ip {
         let program = [loader, "--library-path", "/test/lib", "/test/ip"]
             .map(str::to_owned)
             .into();
-        crate::kit::fresh()?;
+        crate::fresh()?;
         let net = format!("/sys/bus/pci/devices/{PF}/virtfn0/net");
         let mut entries = std::fs::read_dir(net).map_err(text)?.flatten();
         let netdev = entries

@@ -9,9 +9,8 @@ use dpumesh_core::{Backend, BackendExt, MacAddr, Mtu, PortRef, VfAllocator};
 use dpumesh_hw::netns::Namespace;
 use dpumesh_sriov::{Card, Isolation, Protect};
 
-use crate::kit::fresh;
 use crate::wire::{End, ip};
-use crate::{PF_NETDEV, WIRE_NETDEV};
+use crate::{PF_NETDEV, WIRE_NETDEV, fresh};
 
 const SILENCE: Duration = Duration::from_millis(400);
 
