@@ -47,7 +47,7 @@ impl std::error::Error for NoLibrary {}
 ///
 /// # Errors
 /// [`NoLibrary`].
-pub(crate) fn library(given: Option<&Path>) -> Result<Library, NoLibrary> {
+pub fn library(given: Option<&Path>) -> Result<Library, NoLibrary> {
     let usual = || LIBRARY_PATHS.iter().map(PathBuf::from).collect();
     let candidates: Vec<PathBuf> = given.map_or_else(usual, |path| vec![path.to_owned()]);
     let mut tried = Vec::new();
@@ -119,7 +119,7 @@ pub enum NoCard {
 ///
 /// # Errors
 /// [`NoCard`].
-pub(crate) fn card(sysfs: &Path, given: Option<PciAddress>) -> Result<PciAddress, NoCard> {
+pub fn card(sysfs: &Path, given: Option<PciAddress>) -> Result<PciAddress, NoCard> {
     let path = sysfs.join("bus/pci/devices");
     if let Some(address) = given {
         return match ids(&path.join(address.to_string())) {

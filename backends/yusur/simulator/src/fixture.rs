@@ -256,18 +256,23 @@ impl Rig for YusurRig {
     }
 
     fn programs(&self) -> Vec<Program> {
-        let table = |name: &str, kind| TableSpec {
-            name: name.to_owned(),
-            kind,
-            key_len: 6,
-            value_len: 4,
-            capacity: 300,
-        };
-        vec![
-            program("switch", "1.0", &[table("peers", TableKind::Exact)]),
-            program("router", "1.1", &[table("routes", TableKind::Lpm)]),
-        ]
+        programs()
     }
+}
+
+/// Two programs that the simulated processor runs.
+pub(crate) fn programs() -> Vec<Program> {
+    let table = |name: &str, kind| TableSpec {
+        name: name.to_owned(),
+        kind,
+        key_len: 6,
+        value_len: 4,
+        capacity: 300,
+    };
+    vec![
+        program("switch", "1.0", &[table("peers", TableKind::Exact)]),
+        program("router", "1.1", &[table("routes", TableKind::Lpm)]),
+    ]
 }
 
 #[async_trait]

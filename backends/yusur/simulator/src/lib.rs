@@ -9,7 +9,8 @@
 //! ([`control`]), so nothing here reaches around the interface that a real card has.
 //!
 //! This crate is also an ordinary one: it makes programs ([`program`]), finds its own library ([`library_path`]) and, with
-//! the feature `conformance`, brings the kit's fixture.
+//! the feature `conformance`, brings the kit's fixtures: on a floor in memory, where frames can be injected (`fixture`), and on the
+//! floor of a true card (`on_floor`).
 #![deny(unsafe_code)]
 
 mod abi;
@@ -18,6 +19,8 @@ pub mod control;
 #[cfg(feature = "conformance")]
 pub mod fixture;
 pub mod library;
+#[cfg(feature = "conformance")]
+pub mod on_floor;
 pub mod pipeline;
 pub mod programs;
 pub mod settings;
