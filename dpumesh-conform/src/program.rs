@@ -19,6 +19,7 @@ use dpumesh_hw::conformance::{
     CASES, Case, Entry, Expectations, Fixture, Outcome, Report, VERSION, run_watched,
 };
 use dpumesh_hw::netns::ensure_privilege;
+use tempfile::TempDir;
 
 use crate::fixtures::{Choice, NoFixture, VARIANTS, Variant, expectations};
 use crate::watch::Watch;
@@ -38,11 +39,13 @@ pub struct Args {
     /// Which of the backend's fixtures; see below
     #[arg(long, value_name = "NAME")]
     pub variant: Option<String>,
-    /// The library's configuration, a JSON object; the member `card` is added, with another text for each case
+    /// How the card is opened, a JSON object: for a library its own (the member `card` is added, with another text for each
+    /// case); for --device see below
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = parse_config)]
     pub config: serde_json::Value,
-    /// PCI address of the card, for a library: the member `device` of its configuration
-    #[arg(long, value_name = "PCI")]
+    /// PCI address of a real card, which is the run's alone: for sriov and yusur; for a library the member `device` of its
+    /// configuration
+    #[arg(long, value_name = "PCI", conflicts_with = "variant")]
     pub device: Option<dpumesh_core::PciAddress>,
     /// Only the cases whose name contains this, or of this part (vf, steering, …)
     #[arg(long, value_name = "FILTER", default_value = "")]
@@ -90,6 +93,13 @@ Examples:
   dpumesh-conform --backend tap --json report.json     the emulator; needs namespaces (root, or a user namespace)
   dpumesh-conform --backend ./libmycard.so             a vendor's library; the hooks that it gives the kit decide how much
                                                        can be shown
+  dpumesh-conform --backend sriov --device 0000:3b:00.0 --config '{\"vlans\": [3000, 3063]}'
+                                                       a real NIC; nobody else may use it: VFs go and come, and its driver
+                                                       is taken away and given back
+
+--config of a real card:
+  sriov  {\"vfs\": 4, \"vlans\": [FIRST, LAST], \"protect\": \"required\" | \"waived\"}
+  yusur  {\"library\": \"/path/of/libyusur_np.so\", \"profile\": \"\", \"floor\": {as sriov's}}
 
 Each case runs on a fresh card and ends within --deadline; the run ends within --limit, whatever a backend does.
 A case ends as one of
@@ -134,7 +144,9 @@ pub enum Error {
         reason: String,
     },
     /// A configuration that nobody reads.
-    #[error("--config and --device are for libraries: the cards of {0} are made for the run")]
+    #[error(
+        "--config and --device are for libraries and real cards: these cards of {0} are made for the run"
+    )]
     NoConfiguration(Choice),
     /// No case has such a name.
     #[error("no case is called like `{0}` and no part is `{0}`: see --list")]
@@ -215,7 +227,7 @@ fn prove(args: &Args, backend: &Choice) -> Result<i32, Error> {
         // Before the first thread: the kernel asks for it.
         ensure_privilege()?;
     }
-    let fixture = backend.fixture(args.variant.as_deref(), library_config(args, backend)?)?;
+    let (fixture, _journals) = fixture(args, backend)?;
     let expected = match &args.expect {
         Some(path) => Some(read_expectations(path)?),
         None => expectations(&fixture.name()),
@@ -257,16 +269,27 @@ fn prove(args: &Args, backend: &Choice) -> Result<i32, Error> {
     Ok(i32::from(!report.is_clean() || !differences.is_empty()))
 }
 
-fn library_config(args: &Args, backend: &Choice) -> Result<serde_json::Value, Error> {
+/// What is to be proved, and the folder that it needs for the while.
+fn fixture(args: &Args, backend: &Choice) -> Result<(Arc<dyn Fixture>, Option<TempDir>), Error> {
     let mut config = args.config.clone();
-    let asked = args.device.is_some() || config.as_object().is_some_and(|members| !members.is_empty());
-    if asked && !matches!(backend, Choice::Library(_)) {
-        return Err(Error::NoConfiguration(backend.clone()));
+    match (backend, args.device) {
+        (Choice::Library(_), device) => {
+            if let (Some(device), Some(members)) = (device, config.as_object_mut()) {
+                members.insert("device".to_owned(), device.to_string().into());
+            }
+        }
+        (_, Some(device)) if backend.has_real_cards() => {
+            let journals = tempfile::tempdir().map_err(io_error("make a folder for the journals"))?;
+            let card = backend.card(device, config, journals.path())?;
+            return Ok((card, Some(journals)));
+        }
+        (_, device) => {
+            if device.is_some() || config.as_object().is_some_and(|members| !members.is_empty()) {
+                return Err(Error::NoConfiguration(backend.clone()));
+            }
+        }
     }
-    if let (Some(device), Some(members)) = (args.device, config.as_object_mut()) {
-        members.insert("device".to_owned(), device.to_string().into());
-    }
-    Ok(config)
+    Ok((backend.fixture(args.variant.as_deref(), config)?, None))
 }
 
 fn read_expectations(path: &Path) -> Result<Expectations, Error> {

@@ -47,6 +47,16 @@ async fn fake_cards_like_mlx5_keep_the_contract() {
 }
 
 #[tokio::test]
+async fn fake_cards_like_mlx5_in_switchdev_mode_keep_the_contract() {
+    keeps_the_contract("mlx5-switchdev").await;
+}
+
+#[tokio::test]
+async fn simulated_yusur_cards_on_their_sriov_floor_keep_the_contract() {
+    keeps_the_contract("yusur-sriov").await;
+}
+
+#[tokio::test]
 async fn simulated_yusur_cards_keep_the_contract() {
     keeps_the_contract("yusur").await;
 }

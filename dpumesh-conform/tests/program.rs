@@ -63,6 +63,9 @@ fn what_differs_from_the_expectations_ends_with_1() {
     assert_eq!(again.status.code(), Some(0), "{}", text(&again.stdout));
 }
 
+/// No machine has so many buses.
+const NOWHERE: &str = "ffff:ff:1f.7";
+
 #[test]
 fn what_cannot_be_run_ends_with_2_and_says_why() {
     for (arguments, why) in [
@@ -73,6 +76,29 @@ fn what_cannot_be_run_ends_with_2_and_says_why() {
         ),
         (&["--backend", "memory", "--variant", "big"], "memory-halves"),
         (&["--backend", "memory", "--expect", "/nowhere"], "/nowhere"),
+        (
+            &["--backend", "memory", "--device", NOWHERE],
+            "libraries and real cards",
+        ),
+        (
+            &["--backend", "sriov", "--device", NOWHERE],
+            "/sys/bus/pci/devices/ffff:ff:1f.7",
+        ),
+        (
+            &[
+                "--backend",
+                "sriov",
+                "--device",
+                NOWHERE,
+                "--config",
+                r#"{"vlan": 3}"#,
+            ],
+            "unknown field `vlan`",
+        ),
+        (
+            &["--backend", "yusur", "--device", NOWHERE],
+            "no PCI device at ffff:ff:1f.7: looked in /sys/bus/pci/devices",
+        ),
         (&[], "--backend"),
     ] {
         let output = conform(arguments);
