@@ -12,6 +12,7 @@
 //! | [`ring`], [`shm`] | channels over shared memory |
 //! | [`netns`], [`netlink`] | network namespaces and rtnetlink, without the programs `ip` and `nft` |
 //! | [`journal`], [`events`] | a card's memory on disk, bounded event queues |
+//! | [`trust`] | files that nobody else could have written |
 #![cfg_attr(
     feature = "channel",
     doc = "| [`channel`] | gRPC between the node agent and the dataplane |"
@@ -61,6 +62,8 @@ pub mod shm;
 pub mod steering;
 #[cfg(not(loom))]
 pub mod stream;
+#[cfg(not(loom))]
+pub mod trust;
 #[cfg(not(loom))]
 pub mod wire;
 #[cfg(not(loom))]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use dpumesh_core::Missing;
 
+use crate::trust::Untrusted;
+
 /// A library that was refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -18,13 +20,8 @@ pub enum LoadError {
         reason: String,
     },
     /// The file must not be loaded: its path is not absolute, or others than root and this user could have changed it.
-    #[error("{}: {reason}", path.display())]
-    Untrusted {
-        /// The file or folder.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
     /// The dynamic linker refused it.
     #[error("{}: cannot be loaded: {reason}", path.display())]
     Linker {

@@ -13,9 +13,9 @@ use super::codec::{get_capabilities, get_error, get_info};
 use super::driver::Driver;
 use super::foreign::Foreign;
 use super::hooks::Hooks;
-use super::manifest::check_trust;
 use super::{Calls, LoadError, Manifest};
 use crate::events::EventHub;
+use crate::trust;
 
 /// The symbol that a backend exports.
 pub(super) const SYMBOL: &str = "dpumesh_backend_v1";
@@ -60,7 +60,7 @@ impl Library {
     /// # Errors
     /// A [`LoadError`] that names what is wrong.
     pub fn load(manifest: &Manifest) -> Result<Self, LoadError> {
-        let path = check_trust(&manifest.library)?;
+        let path = trust::real_path(&manifest.library)?;
         let (getter, hooks) = {
             let path = path.clone();
             within(manifest.deadline(), "dlopen", move || symbols(&path))??

@@ -16,7 +16,6 @@
 //! A library runs with all rights of this process. So its path is absolute (no search path decides what is loaded), and it, the
 //! manifest and every folder above them belong to root or to the user running, and nobody else can write there.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +23,7 @@ use dpumesh_core::Capabilities;
 use serde::Deserialize;
 
 use super::LoadError;
+use crate::trust;
 
 /// How calls reach a library.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -83,14 +83,14 @@ impl Manifest {
     /// Reads a manifest from a file that only root or this user can have written.
     ///
     /// # Errors
-    /// [`LoadError::Untrusted`], [`LoadError::Manifest`].
+    /// [`LoadError::Untrusted`], see [`trust::real_path`]; [`LoadError::Manifest`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self, LoadError> {
         let path = path.as_ref();
         let refuse = |reason: String| LoadError::Manifest {
             path: path.to_owned(),
             reason,
         };
-        let path = check_trust(path)?;
+        let path = trust::real_path(path)?;
         let text = std::fs::read_to_string(&path).map_err(|error| refuse(error.to_string()))?;
         toml::from_str(&text).map_err(|error| refuse(error.to_string().trim_end().to_owned()))
     }
@@ -122,37 +122,6 @@ impl Manifest {
     pub(super) fn deadline(&self) -> Duration {
         Duration::from_millis(self.deadline_ms.max(1))
     }
-}
-
-/// The real path of a file that only root or the user running can change.
-pub(super) fn check_trust(path: &Path) -> Result<PathBuf, LoadError> {
-    let refuse = |path: &Path, reason: &str| LoadError::Untrusted {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
-    };
-    if !path.is_absolute() {
-        return Err(refuse(path, "the path must be absolute"));
-    }
-    let real = path
-        .canonicalize()
-        .map_err(|error| refuse(path, &error.to_string()))?;
-    let me = nix::unistd::geteuid().as_raw();
-    for place in real.ancestors() {
-        let about = place
-            .metadata()
-            .map_err(|error| refuse(place, &error.to_string()))?;
-        if about.uid() != 0 && about.uid() != me {
-            return Err(refuse(place, "belongs neither to root nor to the user running"));
-        }
-        let sticky = about.is_dir() && about.mode() & 0o1000 != 0;
-        if about.mode() & 0o022 != 0 && !sticky {
-            return Err(refuse(place, "can be written by its group or by everybody"));
-        }
-    }
-    if !real.is_file() {
-        return Err(refuse(&real, "is no file"));
-    }
-    Ok(real)
 }
 
 #[cfg(test)]
@@ -197,45 +166,5 @@ mod tests {
             let error = Manifest::read(file(folder.path(), "bad.toml", text, 0o644)).expect_err(names);
             assert!(error.to_string().contains(names), "{error}");
         }
-    }
-
-    #[test]
-    fn what_others_can_write_is_not_trusted() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let cases = [
-            (Path::new("lib.so").to_owned(), "must be absolute"),
-            (folder.path().join("absent.so"), "No such file"),
-            (folder.path().to_owned(), "is no file"),
-            (
-                file(folder.path(), "group.so", "", 0o664),
-                "can be written by its group",
-            ),
-            (
-                file(folder.path(), "world.so", "", 0o646),
-                "can be written by its group or by everybody",
-            ),
-        ];
-        for (path, reason) in cases {
-            let error = check_trust(&path).expect_err(reason);
-            assert!(error.to_string().contains(reason), "{error}");
-        }
-        let open = folder.path().join("open");
-        std::fs::create_dir(&open).expect("made");
-        let inside = file(&open, "lib.so", "", 0o644);
-        check_trust(&inside).expect("trusted");
-        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).expect("mode set");
-        assert!(check_trust(&inside).is_err(), "somebody could replace it");
-    }
-
-    #[test]
-    fn another_users_file_is_not_trusted() {
-        if !nix::unistd::geteuid().is_root() {
-            return; // nobody else can give a file away
-        }
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = file(folder.path(), "theirs.so", "", 0o644);
-        std::os::unix::fs::chown(&path, Some(65_534), None).expect("given away");
-        let error = check_trust(&path).expect_err("another's");
-        assert!(error.to_string().contains("belongs neither to root"), "{error}");
     }
 }
