@@ -1,12 +1,14 @@
 //! [`YusurBackend`]: the card behind the traits, and what its processor does beyond them.
 
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 
 use dpumesh_core::backend::EventStream;
 use dpumesh_core::steering::MeterId;
 use dpumesh_core::{
-    Backend, BackendInfo, Capabilities, Epoch, ErrorKind, Fence, FlowSteering, NpOffload, PciAddress, Ports,
-    Result, ShmTransport, VfAllocator,
+    Backend, BackendInfo, Capabilities, Effect, Epoch, ErrorKind, Fence, FlowSteering, NpOffload, PciAddress,
+    Ports, Result, ShmTransport, VfAllocator,
 };
 
 use crate::error::{NAME, error, of};
@@ -42,17 +44,37 @@ pub struct MeterRate {
     pub burst_octets: u64,
 }
 
+const OPEN: &str = "backend.open";
+
 impl YusurBackend {
     /// Finds the card and the library, compares versions, and opens the card with empty steering tables.
     ///
-    /// Blocks while the library does.
+    /// Blocks while the library does, for [`Options::deadline`] at most.
     ///
     /// # Errors
     /// `NotFound` (no card, no library: the message says what was looked for and where, [`find::NoCard`] and
-    /// [`find::NoLibrary`] are the source), `Unsupported` (firmware), `DeviceLost` (it is being reset), and what library
+    /// [`find::NoLibrary`] are the source), `Unsupported` (firmware), `DeviceLost` (it is being reset), `Timeout`, and what library
     /// and floor say.
     pub fn open(options: Options) -> Result<Self> {
-        const OPEN: &str = "backend.open";
+        let (deadline, (done, opened)) = (options.deadline, mpsc::channel());
+        thread::Builder::new()
+            .name("yusur-open".to_owned())
+            .spawn(move || {
+                let _ = done.send(Self::open_here(options)); // nobody listens any more after the deadline
+            })
+            .map_err(|source| error(ErrorKind::Io, OPEN, format!("no thread: {source}")))?;
+        opened.recv_timeout(deadline).unwrap_or_else(|missing| {
+            Err(match missing {
+                RecvTimeoutError::Timeout => {
+                    let message = format!("the card is not open after {deadline:?}: the library hangs");
+                    error(ErrorKind::Timeout, OPEN, message).effect(Effect::Unknown)
+                }
+                RecvTimeoutError::Disconnected => error(ErrorKind::Fault, OPEN, "opening it broke off"),
+            })
+        })
+    }
+
+    fn open_here(options: Options) -> Result<Self> {
         let pci = find::card(&options.sysfs, options.pci)
             .map_err(|none| error(ErrorKind::NotFound, OPEN, none.to_string()).source(none))?;
         let library = find::library(options.library.as_deref())

@@ -18,6 +18,7 @@
 //! | `rules` | where each rule acts; the order between hardware and software |
 //! | `steering`, `offload`, `floor` | the traits |
 //! | `worker` | the one thread that talks to the card, and its lives |
+//! | `watch` | calls of the library that do not return |
 //!
 //! ```no_run
 //! use dpumesh_core::{Backend, BackendExt};
@@ -45,6 +46,7 @@ mod steering;
 pub mod sys;
 pub mod table;
 mod tables;
+mod watch;
 mod worker;
 
 pub use backend::{MeterRate, YusurBackend};

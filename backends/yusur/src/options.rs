@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use dpumesh_core::steering::Owner;
 use dpumesh_core::{Backend, DpuId, PciAddress, Role};
@@ -20,6 +21,9 @@ pub struct Options {
     pub library: Option<PathBuf>,
     /// Settings that the library takes as they are.
     pub profile: String,
+    /// How long a call of the library may take. Once one takes longer, the card is failed until that call returns: health says so, who waits
+    /// gets `Timeout`, and every further call is refused at once.
+    pub deadline: Duration,
     /// Where sysfs is mounted.
     pub sysfs: PathBuf,
     /// Firmware that goes with this program.
@@ -42,6 +46,7 @@ impl Options {
             pci: None,
             library: None,
             profile: String::new(),
+            deadline: Duration::from_secs(30),
             sysfs: PathBuf::from("/sys"),
             firmware: Firmware::default(),
             floor,

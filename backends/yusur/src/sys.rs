@@ -1,6 +1,6 @@
 //! The vendor's library, loaded: the only place with `unsafe` in this crate.
 //!
-//! [`Library::load`] takes the file apart before it trusts it: absolute path, symbol, version, size of the table, null
+//! [`Library::load`] takes the file apart before it trusts it: absolute path, owners, symbol, version, size of the table, null
 //! pointers. It is loaded with `RTLD_NOW | RTLD_LOCAL` and never unloaded: threads and static destructors of a vendor's
 //! library do not survive that. [`Device`] wraps each function of one open card in a safe method that owns its memory and
 //! checks every count that comes back.
@@ -15,30 +15,24 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use dpumesh_hw::trust::{self, Untrusted};
 use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
 
 use crate::table::{
     self, BatchResult, Connection, Counter, Entry, Event, Info, Limits, Meter, Program, ProgramEntry,
     ProgramTable, SteeringTable, Table, Tunnel,
 };
+use crate::watch::Watch;
 
 /// Why a file is not the library that is needed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// A relative path would be looked up along paths that others may control.
-    #[error("{0} is not an absolute path")]
-    Relative(PathBuf),
-    /// Nothing is there, or it cannot be read.
-    #[error("{path}: {source}")]
-    Unreadable {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    /// Nothing is there, the path is relative, or others than root and the user running could have written it.
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
     /// The loader of the system refused it.
     #[error("{path} cannot be loaded: {reason}")]
     Refused {
@@ -104,13 +98,7 @@ impl Library {
     /// # Errors
     /// [`LoadError`]; each names the file and what was expected.
     pub fn load(path: &Path) -> std::result::Result<Self, LoadError> {
-        if !path.is_absolute() {
-            return Err(LoadError::Relative(path.to_owned()));
-        }
-        let path = path.canonicalize().map_err(|source| LoadError::Unreadable {
-            path: path.to_owned(),
-            source,
-        })?;
+        let path = trust::real_path(path)?;
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = loaded.get_or_insert_default();
         if let Some(library) = loaded.get(&path) {
@@ -224,6 +212,7 @@ impl Library {
         Ok(Device {
             library: *self,
             handle,
+            watch: Watch::new(),
         })
     }
 
@@ -249,6 +238,7 @@ impl Library {
 pub struct Device {
     library: Library,
     handle: NonNull<table::Device>,
+    watch: Arc<Watch>,
 }
 
 // SAFETY: the header allows every function of one device from any thread, at the same time; what is not safe to call at the
@@ -281,6 +271,7 @@ macro_rules! call {
         $self.library.judge(
             stringify!($function),
             $self.library.table.$function.map(|function| {
+                let _inside = $self.watch.enter(stringify!($function));
                 // SAFETY: see the macro.
                 unsafe { function($self.handle.as_ptr() $(, $argument)*) }
             }),
@@ -289,6 +280,11 @@ macro_rules! call {
 }
 
 impl Device {
+    /// Who is in the library.
+    pub(crate) fn watch(&self) -> &Arc<Watch> {
+        &self.watch
+    }
+
     /// What a code means.
     pub fn text(&self, status: i32) -> String {
         self.library.text(status)
@@ -671,7 +667,7 @@ mod tests {
     #[test]
     fn files_that_are_no_such_library_are_told_apart() {
         let relative = Library::load(Path::new("libyusur_np.so")).expect_err("relative");
-        assert!(matches!(relative, LoadError::Relative(_)), "{relative}");
+        assert!(relative.to_string().contains("must be absolute"), "{relative}");
         let absent = Library::load(Path::new("/nowhere/libyusur_np.so")).expect_err("absent");
         assert!(
             absent.to_string().contains("/nowhere/libyusur_np.so: "),

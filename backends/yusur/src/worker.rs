@@ -24,7 +24,7 @@ use std::thread;
 
 use dpumesh_core::backend::EventStream;
 use dpumesh_core::{
-    Backend, BackendExt, Capabilities, Epoch, Error, ErrorKind, Event, EventKinds, Fence, Result,
+    Backend, BackendExt, Capabilities, Effect, Epoch, Error, ErrorKind, Event, EventKinds, Fence, Result,
 };
 use dpumesh_hw::events::{EventHub, HighWater};
 use tokio::sync::{mpsc, oneshot};
@@ -35,6 +35,7 @@ use crate::options::Options;
 use crate::rules::Rules;
 use crate::sys::{Device, Failure};
 use crate::table::{self, Info, Limits};
+use crate::watch::{self, Hang};
 
 /// How long the waiter stays in the library at a time: the longest that a dropped backend keeps its handle.
 const WAIT_MS: u32 = 200;
@@ -107,15 +108,20 @@ impl Shared {
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
     jobs: mpsc::UnboundedSender<Job>,
+    hung: tokio::sync::watch::Receiver<Option<Hang>>,
 }
 
 impl Asker {
-    /// Has something done by the worker, after what was asked for before.
+    /// Has something done by the worker, after what was asked for before. Does not wait for a library that hangs.
     pub(crate) async fn ask<T: Send + 'static>(
         &self,
         operation: &'static str,
         job: impl for<'a> FnOnce(&'a mut Worker) -> Pin<Box<dyn Future<Output = Result<T>> + 'a>> + Send + 'static,
     ) -> Result<T> {
+        let mut hung = self.hung.clone();
+        if let Some(hang) = *hung.borrow_and_update() {
+            return Err(error(ErrorKind::Abi, operation, hang.to_string()));
+        }
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |worker| {
             Box::pin(async move {
@@ -130,7 +136,14 @@ impl Asker {
             )
         };
         self.jobs.send(job).map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        tokio::select! {
+            biased;
+            answer = answer => answer.map_err(|_| gone())?,
+            hang = hung.wait_for(Option::is_some) => {
+                let message = hang.ok().and_then(|hang| *hang).map_or_else(String::new, |hang| hang.to_string());
+                Err(error(ErrorKind::Timeout, operation, message).effect(Effect::Unknown))
+            }
+        }
     }
 }
 
@@ -154,6 +167,7 @@ pub(crate) struct Worker {
 /// What the library says; nothing is left running.
 pub(crate) fn start(device: Device, info: &Info, options: &Options) -> Result<(Asker, Arc<Shared>)> {
     let failed = |failure: Failure| of("backend.open", failure);
+    let io = |source: std::io::Error| error(ErrorKind::Io, "backend.open", format!("no thread: {source}"));
     let limits = device.limits().map_err(failed)?;
     let floor = options.floor.clone();
     let epoch = epoch(floor.as_deref(), info.generation);
@@ -170,6 +184,8 @@ pub(crate) fn start(device: Device, info: &Info, options: &Options) -> Result<(A
         floor,
     });
     let device = Arc::new(device);
+    let hung = device.watch().hung();
+    watch::start(device.watch(), options.deadline, tell(&shared)).map_err(io)?;
     let (jobs, queue) = mpsc::unbounded_channel();
     let worker = Worker {
         device: Arc::clone(&device),
@@ -185,7 +201,6 @@ pub(crate) fn start(device: Device, info: &Info, options: &Options) -> Result<(A
     let owners = options.owners.clone();
     let events = shared.floor.as_ref().map(|floor| floor.events());
     let (ready, opened) = std::sync::mpsc::channel();
-    let io = |source: std::io::Error| error(ErrorKind::Io, "backend.open", format!("no thread: {source}"));
     thread::Builder::new()
         .name("yusur".to_owned())
         .spawn(move || run(worker, queue, events, &owners, &ready))
@@ -203,7 +218,21 @@ pub(crate) fn start(device: Device, info: &Info, options: &Options) -> Result<(A
         .name("yusur-wait".to_owned())
         .spawn(move || wait(&device, &weak))
         .map_err(io)?;
-    Ok((Asker { jobs }, shared))
+    Ok((Asker { jobs, hung }, shared))
+}
+
+/// Tells subscribers of a library that hangs, and that it does no more.
+fn tell(shared: &Arc<Shared>) -> impl FnMut(Option<Hang>) + Send + 'static {
+    let shared = Arc::downgrade(shared);
+    move |hang| {
+        let Some(shared) = shared.upgrade() else { return };
+        match hang {
+            Some(hang) => tracing::error!(backend = NAME, function = hang.function, "the library hangs"),
+            None => tracing::info!(backend = NAME, "the library does not hang any more"),
+        }
+        let ill = hang.map(|hang| error(ErrorKind::Timeout, "backend.health", hang.to_string()));
+        shared.raise(&Event::Health(ill));
+    }
 }
 
 /// The worker's thread.

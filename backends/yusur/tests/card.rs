@@ -9,7 +9,7 @@ use dpumesh_core::steering::{
     Action, Atomicity, Batch, Change, Cookie, Group, InstalledRule, IpMatch, IpProtocol, MeterId, Operation,
     Owner, Pattern, Placement, PlacementRequest, PortRange, Priority, SteeringRule, Undone, Verdict,
 };
-use dpumesh_core::{Backend, BackendExt, Error, ErrorKind, Event, FlowSteeringExt};
+use dpumesh_core::{Backend, BackendExt, Effect, Error, ErrorKind, Event, FlowSteeringExt};
 use dpumesh_hw::memory::{MemoryConfig, capabilities};
 use dpumesh_yusur::{MeterRate, Mode, YusurBackend};
 use dpumesh_yusur_simulator::fixture::{TestCard, YusurFixture};
@@ -348,6 +348,63 @@ async fn what_is_absent_is_said_with_where_it_was_looked_for() {
     for part in ["yusur_np_table_v1", "/nowhere/libyusur_np.so"] {
         assert!(error.message.contains(part), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_library_that_hangs_holds_nobody_up() {
+    let test = fixture("");
+    let mut options = test.options();
+    options.deadline = Duration::from_millis(300);
+    let card = YusurBackend::open(options).expect("opened");
+    let mut events = card.events();
+    card.diagnose("set insert_us=4000000").await.expect("told");
+    let begun = Instant::now();
+    let late = add(&card, rule(1, 0, to(1), Action::Punt))
+        .await
+        .expect_err("it hangs");
+    assert_eq!((late.kind, late.effect), (ErrorKind::Timeout, Effect::Unknown));
+    assert!(late.message.contains("entries_write"), "{late}");
+    let steering = card.require_steering().expect("steering");
+    let refused = steering.list(Owner::Agent).await.expect_err("at once");
+    assert_eq!((refused.kind, refused.effect), (ErrorKind::Abi, Effect::None));
+    assert!(begun.elapsed() < Duration::from_secs(4), "nobody waited for it");
+    let mut health = async || loop {
+        match events.next().await {
+            Some(Event::Health(health)) => return health,
+            Some(_) => {}
+            None => panic!("the events end"),
+        }
+    };
+    assert!(
+        health()
+            .await
+            .is_some_and(|ill| ill.message.contains("entries_write"))
+    );
+    assert_eq!(health().await, None, "the call returned");
+    // What it did in the end is in the books.
+    assert_eq!(placement(&card, 1).await, Placement::Hardware);
+    assert_eq!(card.diagnose("entries").await.expect("told"), "1");
+}
+
+#[test]
+fn a_library_that_others_can_write_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let test = fixture("");
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut options = test.options();
+    let copy = folder.path().join("libyusur_np.so");
+    std::fs::copy(options.library.as_ref().expect("one is named"), &copy).expect("copied");
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o666)).expect("mode set");
+    options.library = Some(copy);
+    let error = YusurBackend::open(options).expect_err("anybody could have written it");
+    assert_eq!(error.kind, ErrorKind::NotFound);
+    assert!(
+        error
+            .message
+            .contains("libyusur_np.so: can be written by its group"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
