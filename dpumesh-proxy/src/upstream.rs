@@ -19,7 +19,11 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::balance::subset::Found;
+use crate::balance::{Ask, Held};
 use crate::config::model::{Balance, Cluster, ClusterKind, Protocol};
+use crate::health::outlier::Outcome;
+use crate::health::{Health, Report, Reporter, What};
 use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
@@ -45,7 +49,8 @@ pub struct Lane {
     secrets: Arc<dyn Secrets>,
     endpoints: Vec<Rc<EndpointLane>>,
     originals: RefCell<HashMap<SocketAddr, Rc<EndpointLane>>>,
-    cursor: Cell<usize>,
+    held: RefCell<Held>,
+    reports: Reporter,
     freed: Rc<Freed>,
 }
 
@@ -142,6 +147,8 @@ impl Freed {
 pub struct Picked {
     /// The endpoint.
     pub endpoint: Rc<EndpointLane>,
+    /// Its place among the cluster's; an original destination has none.
+    index: Option<usize>,
 }
 
 impl Drop for Picked {
@@ -169,6 +176,7 @@ impl Lane {
         cluster: Arc<Cluster>,
         shard: Shard,
         secrets: Arc<dyn Secrets>,
+        reports: Reporter,
         before: Option<&Self>,
     ) -> Self {
         let kept = |address: SocketAddr| {
@@ -207,7 +215,11 @@ impl Lane {
         Self {
             endpoints,
             originals: RefCell::new(originals),
-            cursor: Cell::new(before.map_or_else(|| fastrand::usize(..), |b| b.cursor.get())),
+            held: RefCell::new(Held::new(
+                &cluster.picker,
+                before.map(|b| b.held.borrow()).as_deref(),
+            )),
+            reports,
             freed: before.map(|b| Rc::clone(&b.freed)).unwrap_or_default(),
             cluster,
             shard,
@@ -215,36 +227,61 @@ impl Lane {
         }
     }
 
-    /// Picks an endpoint; `original` is the address the client meant. `None` when there is none that is healthy.
-    pub fn pick(&self, original: SocketAddr) -> Option<Picked> {
-        let endpoint = match self.cluster.balance {
-            Balance::Provided => self.original(original),
-            Balance::RoundRobin => {
-                let at = self.cursor.get();
-                self.cursor.set(at.wrapping_add(1));
-                self.scheduled(at)?
+    /// Picks an endpoint. `None` when there is none that takes requests.
+    pub fn pick(&self, ask: &Ask<'_>) -> Option<Picked> {
+        let (endpoint, index) = if self.cluster.spread.balance == Balance::Provided {
+            (self.original(ask.original), None)
+        } else {
+            let busy = |at: usize| self.endpoints.get(at).map_or(0, |e| e.active.get());
+            let pick = self.held.borrow_mut().pick(&self.cluster.picker, ask, busy)?;
+            if pick.panics {
+                self.cluster.stats.inc(self.shard, Stat::LbHealthyPanic);
             }
-            Balance::Random => self.scheduled(fastrand::usize(..))?,
-            Balance::LeastRequest => {
-                let (a, b) = (
-                    self.scheduled(fastrand::usize(..))?,
-                    self.scheduled(fastrand::usize(..))?,
-                );
-                if b.active.get() < a.active.get() { b } else { a }
+            match pick.subset {
+                Found::Selected => self.cluster.stats.inc(self.shard, Stat::LbSubsetsSelected),
+                Found::Fallback => self.cluster.stats.inc(self.shard, Stat::LbSubsetsFallback),
+                Found::Unasked | Found::SelectorFallback => {}
             }
+            (Rc::clone(self.endpoints.get(pick.endpoint)?), Some(pick.endpoint))
         };
         endpoint.active.set(endpoint.active.get() + 1);
-        Some(Picked { endpoint })
+        Some(Picked { endpoint, index })
     }
 
-    fn scheduled(&self, at: usize) -> Option<Rc<EndpointLane>> {
-        let schedule = &self.cluster.schedule;
-        if schedule.is_empty() {
-            return None;
-        }
-        self.endpoints
-            .get(schedule[at % schedule.len()] as usize)
-            .map(Rc::clone)
+    /// The priority of a picked endpoint.
+    pub fn priority(&self, picked: &Picked) -> u32 {
+        let endpoint = picked.index.and_then(|at| self.cluster.endpoints.get(at));
+        let localities = &self.cluster.spread.localities;
+        let locality = endpoint.and_then(|e| localities.get(e.locality as usize));
+        locality.map_or(0, |l| l.priority)
+    }
+
+    /// Whether no priority but these has anything to serve by.
+    pub fn has_tried_all(&self, tried: &[u32]) -> bool {
+        let localities = &self.cluster.spread.localities;
+        let endpoints = self.cluster.endpoints.iter();
+        let serving = endpoints.filter(|e| e.health() != Health::Unhealthy);
+        let mut priorities = serving.filter_map(|e| localities.get(e.locality as usize));
+        priorities.all(|l| tried.contains(&l.priority))
+    }
+
+    /// Tells outlier detection what came of a request to an endpoint.
+    pub fn note(&self, picked: &Picked, outcome: Outcome) {
+        let Some((detection, _)) = &self.cluster.outlier else {
+            return;
+        };
+        let Some(endpoint) = picked.index.and_then(|at| self.cluster.endpoints.get(at)) else {
+            return;
+        };
+        detection.note(&endpoint.state.counts, outcome, |reason| {
+            let report = Report {
+                cluster: Arc::clone(&self.cluster),
+                endpoint: endpoint.address,
+                what: What::Consecutive(reason),
+            };
+            // The control thread is gone when this fails, and with it everybody who could judge.
+            let _ = self.reports.send(report);
+        });
     }
 
     fn original(&self, address: SocketAddr) -> Rc<EndpointLane> {

@@ -1,0 +1,605 @@
+//! Which endpoint a request goes to.
+//!
+//! ```text
+//! hash or chance ─► priority, healthy or degraded ─► locality ─► endpoint
+//! ```
+//! A [`Picker`] is made of a cluster's endpoints for one state of their health and never changes. When health does, the control thread makes
+//! another and puts it into the cluster's [`Current`]; a worker notices by one relaxed load per request and takes it up. So that no
+//! worker counts for another, whose turn it is (the [`Turns`]) is each worker's own, as are the requests that it has at an endpoint.
+//! [`load`] says what share a priority takes, [`schedule`] orders turns by weight, [`hash`] has rings and tables.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+
+use self::hash::Table;
+use self::load::{Load, Standing};
+use self::schedule::schedule;
+use crate::config::model::{Balance, Endpoint};
+use crate::health::{Eds, Health};
+
+pub mod hash;
+pub mod load;
+pub mod policy;
+pub mod schedule;
+pub mod subset;
+
+use self::subset::{Criteria, Subsets};
+
+/// How a cluster spreads its requests.
+#[derive(Debug, Clone)]
+pub struct Spread {
+    /// How an endpoint is picked of those that come into question.
+    pub balance: Balance,
+    /// A priority with a smaller percent of working endpoints may serve by all it has (`healthy_panic_threshold`).
+    pub panic_below: u32,
+    /// A priority that has 100 % / this of its endpoints healthy is fully available; percent.
+    pub overprovisioning: u32,
+    /// Availability is counted in weights instead of endpoints.
+    pub weighted_availability: bool,
+    /// Localities take shares by their weights.
+    pub by_locality: bool,
+    /// Localities; endpoints say which is theirs.
+    pub localities: Vec<Locality>,
+    /// Sets of endpoints by their metadata.
+    pub subsets: Option<Arc<subset::Config>>,
+}
+
+/// A locality within a priority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Locality {
+    /// 0 is asked first.
+    pub priority: u32,
+    /// Its share among those of its priority.
+    pub weight: u32,
+    /// `region/zone/sub_zone`.
+    pub name: [String; 3],
+}
+
+/// What one request asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// The address the client meant.
+    pub original: SocketAddr,
+    /// What consistent hashing goes by; none is chance.
+    pub hash: Option<u64>,
+    /// How many endpoints have been turned down.
+    pub attempt: u32,
+    /// Which endpoints come into question.
+    pub subset: Option<&'a Criteria>,
+    /// Priorities that were tried in vain; they are asked again only where no other has anything to serve by.
+    pub tried: &'a [u32],
+}
+
+impl Ask<'_> {
+    /// Whatever comes; `original` is the address the client meant.
+    pub fn any(original: SocketAddr) -> Self {
+        Self {
+            original,
+            hash: None,
+            attempt: 0,
+            subset: None,
+            tried: &[],
+        }
+    }
+}
+
+/// What was picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pick {
+    /// Which of the cluster's endpoints.
+    pub endpoint: usize,
+    /// It was picked out of all, healthy or not.
+    pub panics: bool,
+    /// How the request's subset was found.
+    pub subset: subset::Found,
+}
+
+/// The picker in force.
+#[derive(Debug)]
+pub struct Current {
+    picker: ArcSwap<Picker>,
+    turn: AtomicU64,
+}
+
+impl Current {
+    /// With its first picker.
+    pub fn new(picker: Picker) -> Self {
+        Self {
+            picker: ArcSwap::from_pointee(picker),
+            turn: AtomicU64::new(0),
+        }
+    }
+
+    /// Puts another in force.
+    pub fn set(&self, picker: Picker) {
+        self.picker.store(Arc::new(picker));
+        self.turn.fetch_add(1, Ordering::Release);
+    }
+
+    /// Counts the pickers.
+    #[inline]
+    pub fn turn(&self) -> u64 {
+        self.turn.load(Ordering::Relaxed)
+    }
+
+    /// The picker and its number, or an earlier number.
+    pub fn load(&self) -> (u64, Arc<Picker>) {
+        let turn = self.turn.load(Ordering::Acquire);
+        (turn, self.picker.load_full())
+    }
+}
+
+/// Whose turn it is in each list of a picker. A worker's own.
+#[derive(Debug, Default)]
+pub struct Turns(Vec<usize>);
+
+impl Turns {
+    /// For `picker`, going on from where `before` was.
+    pub fn new(picker: &Picker, before: Option<&Self>) -> Self {
+        let first = before.and_then(|b| b.0.first().copied());
+        let all = (0..picker.turns).map(|at| match (at, first) {
+            (0, Some(first)) => first,
+            _ => fastrand::usize(..),
+        });
+        Self(all.collect())
+    }
+
+    fn next(&mut self, at: usize) -> usize {
+        let turn = self.0[at];
+        self.0[at] = turn.wrapping_add(1);
+        turn
+    }
+}
+
+/// A worker's hold on a cluster's picker: the one in force, and whose turn it is.
+#[derive(Debug)]
+pub struct Held {
+    turn: u64,
+    picker: Arc<Picker>,
+    turns: Turns,
+}
+
+impl Held {
+    /// Of `current`, going on from where `before` was.
+    pub fn new(current: &Current, before: Option<&Self>) -> Self {
+        let (turn, picker) = current.load();
+        let turns = Turns::new(&picker, before.map(|b| &b.turns));
+        Self { turn, picker, turns }
+    }
+
+    /// Picks by what is in force.
+    pub fn pick(&mut self, current: &Current, ask: &Ask<'_>, busy: impl Fn(usize) -> u32) -> Option<Pick> {
+        if self.turn != current.turn() {
+            *self = Self::new(current, Some(&*self));
+        }
+        self.picker.pick(ask, &mut self.turns, busy)
+    }
+}
+
+/// How to pick, for one state of health.
+#[derive(Debug)]
+pub struct Picker {
+    balance: Balance,
+    all: Levels,
+    subsets: Option<Subsets>,
+    turns: usize,
+}
+
+impl Picker {
+    /// A picker of `endpoints` as they stand now.
+    pub fn new(spread: &Spread, endpoints: &[Endpoint]) -> Self {
+        let mut turns = 0;
+        let everybody: Vec<u32> = (0..).take(endpoints.len()).collect();
+        let all = Levels::new(spread, endpoints, &everybody, &mut turns);
+        let subsets = spread.subsets.as_ref();
+        let subsets = subsets.map(|config| Subsets::new(config, spread, endpoints, &mut turns));
+        Self {
+            balance: spread.balance,
+            all,
+            subsets,
+            turns,
+        }
+    }
+
+    /// Picks; `busy` tells how many requests are at an endpoint.
+    pub fn pick(&self, ask: &Ask<'_>, turns: &mut Turns, busy: impl Fn(usize) -> u32) -> Option<Pick> {
+        let (levels, found) = match &self.subsets {
+            None => (&self.all, subset::Found::Unasked),
+            Some(subsets) => subsets.find(ask.subset, &self.all)?,
+        };
+        let (endpoint, panics) = levels.pick(self.balance, ask, turns, busy)?;
+        Some(Pick {
+            endpoint: endpoint as usize,
+            panics,
+            subset: found,
+        })
+    }
+
+    /// How many subsets have endpoints.
+    pub fn subsets(&self) -> usize {
+        self.subsets.as_ref().map_or(0, Subsets::len)
+    }
+}
+
+/// The priorities of a set of endpoints.
+#[derive(Debug)]
+struct Levels {
+    /// Of a hundred, up to where a pool is taken. Without a share there is nothing to serve by.
+    shares: Vec<(u64, usize)>,
+    /// The healthy endpoints of each priority, then the degraded ones.
+    pools: Vec<Pool>,
+    standings: Vec<Standing>,
+    overprovisioning: u32,
+}
+
+/// What is asked of one priority.
+#[derive(Debug)]
+struct Pool {
+    panics: bool,
+    table: Option<Table>,
+    /// Turns and order of the localities; without any there is one list.
+    localities: Option<(usize, Vec<u32>)>,
+    lists: Vec<List>,
+}
+
+/// Endpoints in turn.
+#[derive(Debug)]
+struct List {
+    turns: usize,
+    order: Vec<u32>,
+}
+
+impl Levels {
+    fn new(spread: &Spread, endpoints: &[Endpoint], members: &[u32], turns: &mut usize) -> Self {
+        let priority = |member: &u32| {
+            let locality = endpoints[*member as usize].locality as usize;
+            spread.localities[locality].priority as usize
+        };
+        let last = members.iter().map(priority).max().unwrap_or(0);
+        let mut priorities = vec![Vec::new(); last + 1];
+        members.iter().for_each(|m| priorities[priority(m)].push(*m));
+        let standings: Vec<Standing> = priorities
+            .iter()
+            .map(|p| standing(spread, endpoints, p))
+            .collect();
+        let load = Load::of(&standings, spread.overprovisioning, spread.panic_below);
+        let mut pools = Vec::new();
+        for part in [Health::Healthy, Health::Degraded] {
+            for (members, panics) in priorities.iter().zip(&load.panics) {
+                let part = (!panics).then_some(part);
+                pools.push(Pool::new(spread, endpoints, members, part, turns));
+            }
+        }
+        Self {
+            shares: shares(&load),
+            pools,
+            standings,
+            overprovisioning: spread.overprovisioning,
+        }
+    }
+
+    /// The shares where some priorities were tried in vain; `None` where no other is left.
+    fn shares_without(&self, tried: &[u32]) -> Option<Vec<(u64, usize)>> {
+        let left = |(at, standing): (u32, &Standing)| match tried.contains(&at) {
+            true => Standing::default(),
+            false => *standing,
+        };
+        let standings: Vec<Standing> = (0..).zip(&self.standings).map(left).collect();
+        let serves = |s: &Standing| s.healthy + s.degraded > 0;
+        let load = Load::of(&standings, self.overprovisioning, 0);
+        standings.iter().any(serves).then(|| shares(&load))
+    }
+
+    fn pick(
+        &self,
+        balance: Balance,
+        ask: &Ask<'_>,
+        turns: &mut Turns,
+        busy: impl Fn(usize) -> u32,
+    ) -> Option<(u32, bool)> {
+        let others = match ask.tried {
+            [] => None,
+            tried => self.shares_without(tried),
+        };
+        let shares = others.as_ref().unwrap_or(&self.shares);
+        let hash = match ask.hash {
+            None if shares.len() == 1 && !balance.hashes() => 0,
+            None => fastrand::u64(..),
+            Some(hash) => hash,
+        };
+        let point = hash % 100 + 1;
+        let share = shares.iter().find(|(upto, _)| point <= *upto)?;
+        let pool = &self.pools[share.1];
+        let endpoint = match &pool.table {
+            Some(table) => table.find(hash, ask.attempt),
+            None => pool.list(turns)?.pick(balance, turns, busy),
+        }?;
+        Some((endpoint, pool.panics))
+    }
+}
+
+/// The load as points of a hundred, up to which each pool is taken.
+fn shares(load: &Load) -> Vec<(u64, usize)> {
+    let mut upto = 0;
+    let loads = load.healthy.iter().chain(&load.degraded).enumerate();
+    let taken = loads.filter(|(_, share)| **share > 0);
+    let share = |(pool, share): (usize, &u32)| {
+        upto += u64::from(*share);
+        (upto, pool)
+    };
+    taken.map(share).collect()
+}
+
+/// How a priority stands.
+fn standing(spread: &Spread, endpoints: &[Endpoint], members: &[u32]) -> Standing {
+    let mut standing = Standing::default();
+    for endpoint in members.iter().map(|m| &endpoints[*m as usize]) {
+        let measure = if spread.weighted_availability {
+            u64::from(endpoint.weight)
+        } else {
+            1
+        };
+        standing.all += 1;
+        if endpoint.eds == Eds::Draining {
+            continue;
+        }
+        standing.hosts += 1;
+        standing.measure[0] += measure;
+        match endpoint.health() {
+            Health::Healthy => {
+                standing.healthy += 1;
+                standing.measure[1] += measure;
+            }
+            Health::Degraded => {
+                standing.degraded += 1;
+                standing.measure[2] += measure;
+            }
+            Health::Unhealthy => {}
+        }
+    }
+    standing
+}
+
+impl Pool {
+    /// Of the `members` of a priority those that stand so; all of them without `part`.
+    fn new(
+        spread: &Spread,
+        endpoints: &[Endpoint],
+        members: &[u32],
+        part: Option<Health>,
+        turns: &mut usize,
+    ) -> Self {
+        let fits = |m: &&u32| part.is_none_or(|part| endpoints[**m as usize].health() == part);
+        let serving: Vec<u32> = members.iter().filter(fits).copied().collect();
+        let mut pool = Self {
+            panics: part.is_none(),
+            table: None,
+            localities: None,
+            lists: Vec::new(),
+        };
+        if spread.balance.hashes() {
+            pool.table = Some(Table::new(spread, endpoints, &serving));
+            return pool;
+        }
+        let groups = if spread.by_locality && part.is_some() {
+            localities(spread, endpoints, members, &serving)
+        } else {
+            Vec::new()
+        };
+        if groups.is_empty() {
+            pool.lists.push(List::new(endpoints, &serving, turns));
+            return pool;
+        }
+        let shares: Vec<(u32, u64)> = (0..).zip(groups.iter().map(|(share, _)| *share)).collect();
+        pool.localities = Some((claim(turns), schedule(&shares)));
+        let lists = groups.iter().map(|(_, group)| List::new(endpoints, group, turns));
+        pool.lists = lists.collect();
+        pool
+    }
+
+    fn list(&self, turns: &mut Turns) -> Option<&List> {
+        match &self.localities {
+            None => self.lists.first(),
+            Some((at, order)) => {
+                let turn = turns.next(*at) % order.len();
+                self.lists.get(order[turn] as usize)
+            }
+        }
+    }
+}
+
+/// The localities that have something to serve by: share and endpoints. A locality's share is its weight, as far as it is available.
+fn localities(
+    spread: &Spread,
+    endpoints: &[Endpoint],
+    members: &[u32],
+    serving: &[u32],
+) -> Vec<(u64, Vec<u32>)> {
+    let of = |locality: usize, list: &[u32]| -> Vec<u32> {
+        let here = |m: &&u32| endpoints[**m as usize].locality as usize == locality;
+        list.iter().filter(here).copied().collect()
+    };
+    let mut groups = Vec::new();
+    for (at, locality) in spread.localities.iter().enumerate() {
+        let counts = |m: &&u32| endpoints[**m as usize].eds != Eds::Draining;
+        let all = of(at, members).iter().filter(counts).count();
+        let here = of(at, serving);
+        if here.is_empty() || locality.weight == 0 {
+            continue;
+        }
+        let available = f64::from(spread.overprovisioning) / 100.0 * here.len() as f64 / all as f64;
+        // In millionths, so that a part of a small weight is a weight.
+        let share = (f64::from(locality.weight) * available.min(1.0) * 1e6).round();
+        groups.push(((share as u64).max(1), here));
+    }
+    groups
+}
+
+fn claim(turns: &mut usize) -> usize {
+    *turns += 1;
+    *turns - 1
+}
+
+impl List {
+    fn new(endpoints: &[Endpoint], members: &[u32], turns: &mut usize) -> Self {
+        let entry = |m: &u32| (*m, u64::from(endpoints[*m as usize].weight.max(1)));
+        let entries: Vec<_> = members.iter().map(entry).collect();
+        Self {
+            turns: claim(turns),
+            order: schedule(&entries),
+        }
+    }
+
+    fn pick(&self, balance: Balance, turns: &mut Turns, busy: impl Fn(usize) -> u32) -> Option<u32> {
+        if self.order.is_empty() {
+            return None;
+        }
+        let at = |turn: usize| self.order[turn % self.order.len()];
+        Some(match balance {
+            Balance::Random => at(fastrand::usize(..)),
+            Balance::LeastRequest => {
+                let (a, b) = (at(fastrand::usize(..)), at(fastrand::usize(..)));
+                if busy(b as usize) < busy(a as usize) { b } else { a }
+            }
+            _ => at(turns.next(self.turns)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::State;
+
+    /// Endpoints by locality; the number is the weight, the mark the health.
+    fn endpoints(localities: &[&[(u32, Eds)]]) -> Vec<Endpoint> {
+        let mut all = Vec::new();
+        for (locality, members) in (0..).zip(localities) {
+            for (weight, eds) in *members {
+                let port = 1000 + all.len() as u16;
+                all.push(Endpoint {
+                    address: SocketAddr::from(([127, 0, 0, 1], port)),
+                    weight: *weight,
+                    eds: *eds,
+                    locality,
+                    tls: None,
+                    hostname: String::new(),
+                    metadata: Arc::default(),
+                    check_port: None,
+                    state: Arc::new(State::default()),
+                });
+            }
+        }
+        all
+    }
+
+    fn spread(balance: Balance, localities: &[(u32, u32)]) -> Spread {
+        Spread {
+            balance,
+            panic_below: 50,
+            overprovisioning: 140,
+            weighted_availability: false,
+            by_locality: true,
+            localities: localities
+                .iter()
+                .map(|(priority, weight)| Locality {
+                    priority: *priority,
+                    weight: *weight,
+                    name: Default::default(),
+                })
+                .collect(),
+            subsets: None,
+        }
+    }
+
+    fn counts(spread: &Spread, endpoints: &[Endpoint], requests: usize) -> Vec<usize> {
+        let picker = Picker::new(spread, endpoints);
+        let mut turns = Turns::new(&picker, None);
+        let mut counts = vec![0; endpoints.len()];
+        let ask = Ask::any(SocketAddr::from(([0, 0, 0, 0], 0)));
+        for _ in 0..requests {
+            if let Some(pick) = picker.pick(&ask, &mut turns, |_| 0) {
+                counts[pick.endpoint] += 1;
+            }
+        }
+        counts
+    }
+
+    const UP: Eds = Eds::Healthy;
+    const DOWN: Eds = Eds::Unhealthy;
+
+    #[test]
+    fn weights_of_localities_and_endpoints_multiply() {
+        let all = endpoints(&[&[(1, UP), (3, UP)], &[(1, UP)]]);
+        let spread = spread(Balance::RoundRobin, &[(0, 3), (0, 1)]);
+        assert_eq!(counts(&spread, &all, 1600), [300, 900, 400]);
+    }
+
+    #[test]
+    fn a_locality_that_is_half_down_takes_less() {
+        let all = endpoints(&[&[(1, UP), (1, DOWN)], &[(1, UP)]]);
+        let spread = spread(Balance::RoundRobin, &[(0, 1), (0, 1)]);
+        // 0.7 of the weight against 1: 7 of 17.
+        assert_eq!(counts(&spread, &all, 1700), [700, 0, 1000]);
+    }
+
+    #[test]
+    fn the_next_priority_takes_what_the_first_cannot() {
+        let all = endpoints(&[&[(1, UP), (1, DOWN)], &[(1, UP)]]);
+        let spread = spread(Balance::RoundRobin, &[(0, 1), (1, 1)]);
+        let found = counts(&spread, &all, 10_000);
+        // 70 % and 30 %; five standard deviations are 230.
+        assert!(found[0].abs_diff(7000) < 230 && found[1] == 0, "{found:?}");
+        let none = endpoints(&[&[(1, DOWN), (1, DOWN)], &[(1, UP)]]);
+        assert_eq!(counts(&spread, &none, 100), [0, 0, 100]);
+    }
+
+    #[test]
+    fn in_panic_all_serve_and_without_a_threshold_none() {
+        let all = endpoints(&[&[(1, DOWN), (1, DOWN), (1, UP)]]);
+        let mut spread = spread(Balance::RoundRobin, &[(0, 1)]);
+        assert_eq!(counts(&spread, &all, 300), [100, 100, 100]);
+        spread.panic_below = 0;
+        assert_eq!(counts(&spread, &all, 300), [0, 0, 300]);
+        let none = endpoints(&[&[(1, DOWN)]]);
+        assert_eq!(counts(&spread, &none, 300), [0]);
+        assert_eq!(counts(&spread, &endpoints(&[&[]]), 3), [0usize; 0]);
+    }
+
+    #[test]
+    fn priorities_tried_in_vain_are_left_for_others() {
+        let all = endpoints(&[&[(1, UP)], &[(1, UP)], &[(1, DOWN)]]);
+        let mut spread = spread(Balance::RoundRobin, &[(0, 1), (1, 1), (2, 1)]);
+        spread.panic_below = 0;
+        let picker = Picker::new(&spread, &all);
+        let mut turns = Turns::new(&picker, None);
+        for (tried, expected) in [(&[][..], 0), (&[0], 1), (&[0, 1], 0), (&[0, 1, 2], 0), (&[1], 0)] {
+            let ask = Ask {
+                tried,
+                ..Ask::any(SocketAddr::from(([0, 0, 0, 0], 0)))
+            };
+            let pick = picker.pick(&ask, &mut turns, |_| 0).unwrap();
+            assert_eq!(pick.endpoint, expected, "{tried:?}");
+        }
+    }
+
+    #[test]
+    fn workers_take_up_what_is_put_in_force() {
+        let all = endpoints(&[&[(1, UP), (1, UP)]]);
+        let mut spread = spread(Balance::RoundRobin, &[(0, 1)]);
+        spread.panic_below = 0;
+        let current = Current::new(Picker::new(&spread, &all));
+        let (turn, _) = current.load();
+        all[0].state.set(crate::health::FAILED_OUTLIER);
+        current.set(Picker::new(&spread, &all));
+        assert_ne!(current.turn(), turn);
+        let (_, picker) = current.load();
+        let mut turns = Turns::new(&picker, None);
+        let ask = Ask::any(SocketAddr::from(([0, 0, 0, 0], 0)));
+        let picked = (0..9).filter_map(|_| picker.pick(&ask, &mut turns, |_| 0));
+        assert!(picked.map(|p| p.endpoint).all(|e| e == 1));
+    }
+}
