@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::envoy::{Subject, at_both};
-use crate::harness::{Client, Endpoint, Running, await_true, bootstrap, cluster, read_message};
+use crate::harness::{
+    Client, Endpoint, Running, await_true, bootstrap, cluster, lb_endpoint, read_message, replace,
+};
 
 /// An endpoint that answers as it is told: a status, or 0 for hanging up.
 pub(crate) struct Moody {
@@ -293,6 +295,54 @@ static_resources:
             assert_eq!((0..4).filter(|_| served()).count(), 2, "{}", subject.name());
             stat(subject, "ejections_enforced_consecutive_5xx", 1);
             await_true("only the other is asked", || (0..4).all(|_| served()));
+        },
+    );
+}
+
+#[test]
+fn an_assignment_that_changes_leaves_the_ejected_where_they_are() {
+    let (good, other, moody) = (
+        Endpoint::start("good"),
+        Endpoint::start("other"),
+        Moody::start(500),
+    );
+    let eds = |endpoints: &[SocketAddr]| {
+        let entries: Vec<String> = endpoints.iter().map(|e| lb_endpoint(*e)).collect();
+        format!(
+            "resources:\n- {{\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, \
+             endpoints: [{{lb_endpoints: [{}]}}]}}\n",
+            entries.join(", ")
+        )
+    };
+    at_both(
+        |_, folder| {
+            std::fs::write(format!("{folder}/eds.yaml"), eds(&[good.address, moody.address])).unwrap();
+            let cluster = format!(
+                "[{{name: app, type: EDS, connect_timeout: 1s, eds_cluster_config: {{eds_config: {{path_config_source: {{path: \"{folder}/eds.yaml\"}}}}}}, \
+                 outlier_detection: {{consecutive_5xx: 2, interval: 600s, max_ejection_percent: 50}}}}]"
+            );
+            bootstrap("[{match: {prefix: /}, route: {cluster: app}}]", &cluster, "")
+        },
+        |subject, _| {
+            let file = subject.folder().join("eds.yaml");
+            let mut client = subject.client();
+            statuses(&mut client, 4);
+            stat(subject, "ejections_active", 1);
+            replace(&file, &eds(&[good.address, moody.address, other.address]));
+            subject.await_value("cluster.app.membership_total", 3);
+            subject.await_value("cluster.app.membership_healthy", 2);
+            stat(subject, "ejections_active", 1);
+            let before = other.requests();
+            await_true("the new one is asked", || {
+                statuses(&mut client, 4);
+                other.requests() > before
+            });
+            let before = moody.requests();
+            assert_eq!(statuses(&mut client, 8), [200; 8], "{}", subject.name());
+            assert_eq!(moody.requests(), before);
+            replace(&file, &eds(&[good.address, other.address]));
+            subject.await_value("cluster.app.membership_total", 2);
+            stat(subject, "ejections_active", 0);
         },
     );
 }
