@@ -11,6 +11,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -45,6 +46,39 @@ pub struct Spread {
     pub localities: Vec<Locality>,
     /// Sets of endpoints by their metadata.
     pub subsets: Option<Arc<subset::Config>>,
+    /// New endpoints take their share little by little.
+    pub slow_start: Option<SlowStart>,
+}
+
+/// `SlowStartConfig`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SlowStart {
+    /// An endpoint is new for so long.
+    pub window: Duration,
+    /// 1 is a linear increase, more is a faster one at first.
+    pub aggression: f64,
+    /// Its share begins with this part of the weight.
+    pub least: f64,
+}
+
+impl SlowStart {
+    /// The part of its weight that an endpoint has, if it is new and healthy.
+    fn part(&self, endpoint: &Endpoint, now: Instant) -> Option<f64> {
+        let age = endpoint.state.age(now);
+        if age >= self.window || endpoint.health() != Health::Healthy {
+            return None;
+        }
+        let time = age.max(Duration::from_millis(1)).as_secs_f64() / self.window.as_secs_f64();
+        Some(time.powf(1.0 / self.aggression).max(self.least))
+    }
+}
+
+impl Spread {
+    /// Whether any endpoint is new: then its share grows with time.
+    pub fn is_warming(&self, endpoints: &[Endpoint], now: Instant) -> bool {
+        let slow = self.slow_start.as_ref();
+        slow.is_some_and(|slow| endpoints.iter().any(|e| slow.part(e, now).is_some()))
+    }
 }
 
 /// A locality within a priority.
@@ -189,13 +223,19 @@ pub struct Picker {
 }
 
 impl Picker {
-    /// A picker of `endpoints` as they stand now.
-    pub fn new(spread: &Spread, endpoints: &[Endpoint]) -> Self {
+    /// A picker of `endpoints` as they stand at this moment.
+    pub fn new(spread: &Spread, endpoints: &[Endpoint], now: Instant) -> Self {
+        let weights = weights(spread, endpoints, now);
+        let members = Members {
+            spread,
+            endpoints,
+            weights: &weights,
+        };
         let mut turns = 0;
         let everybody: Vec<u32> = (0..).take(endpoints.len()).collect();
-        let all = Levels::new(spread, endpoints, &everybody, &mut turns);
+        let all = Levels::new(&members, &everybody, &mut turns);
         let subsets = spread.subsets.as_ref();
-        let subsets = subsets.map(|config| Subsets::new(config, spread, endpoints, &mut turns));
+        let subsets = subsets.map(|config| Subsets::new(config, &members, &mut turns));
         Self {
             balance: spread.balance,
             all,
@@ -221,6 +261,27 @@ impl Picker {
     /// How many subsets have endpoints.
     pub fn subsets(&self) -> usize {
         self.subsets.as_ref().map_or(0, Subsets::len)
+    }
+}
+
+/// What pickers are made of.
+#[derive(Debug, Clone, Copy)]
+struct Members<'a> {
+    spread: &'a Spread,
+    endpoints: &'a [Endpoint],
+    /// What turns go by.
+    weights: &'a [u64],
+}
+
+/// The endpoints' weights at this moment. While one of them is new they are in thousandths.
+fn weights(spread: &Spread, endpoints: &[Endpoint], now: Instant) -> Vec<u64> {
+    let whole = |e: &Endpoint| u64::from(e.weight.max(1));
+    match &spread.slow_start {
+        Some(slow) if spread.is_warming(endpoints, now) => {
+            let part = |e: &Endpoint| slow.part(e, now).unwrap_or(1.0) * 1000.0 * whole(e) as f64;
+            endpoints.iter().map(|e| (part(e) as u64).max(1)).collect()
+        }
+        _ => endpoints.iter().map(whole).collect(),
     }
 }
 
@@ -253,7 +314,10 @@ struct List {
 }
 
 impl Levels {
-    fn new(spread: &Spread, endpoints: &[Endpoint], members: &[u32], turns: &mut usize) -> Self {
+    fn new(of: &Members<'_>, members: &[u32], turns: &mut usize) -> Self {
+        let Members {
+            spread, endpoints, ..
+        } = *of;
         let priority = |member: &u32| {
             let locality = endpoints[*member as usize].locality as usize;
             spread.localities[locality].priority as usize
@@ -270,7 +334,7 @@ impl Levels {
         for part in [Health::Healthy, Health::Degraded] {
             for (members, panics) in priorities.iter().zip(&load.panics) {
                 let part = (!panics).then_some(part);
-                pools.push(Pool::new(spread, endpoints, members, part, turns));
+                pools.push(Pool::new(of, members, part, turns));
             }
         }
         Self {
@@ -365,13 +429,10 @@ fn standing(spread: &Spread, endpoints: &[Endpoint], members: &[u32]) -> Standin
 
 impl Pool {
     /// Of the `members` of a priority those that stand so; all of them without `part`.
-    fn new(
-        spread: &Spread,
-        endpoints: &[Endpoint],
-        members: &[u32],
-        part: Option<Health>,
-        turns: &mut usize,
-    ) -> Self {
+    fn new(of: &Members<'_>, members: &[u32], part: Option<Health>, turns: &mut usize) -> Self {
+        let Members {
+            spread, endpoints, ..
+        } = *of;
         let fits = |m: &&u32| part.is_none_or(|part| endpoints[**m as usize].health() == part);
         let serving: Vec<u32> = members.iter().filter(fits).copied().collect();
         let mut pool = Self {
@@ -390,12 +451,12 @@ impl Pool {
             Vec::new()
         };
         if groups.is_empty() {
-            pool.lists.push(List::new(endpoints, &serving, turns));
+            pool.lists.push(List::new(of, &serving, turns));
             return pool;
         }
         let shares: Vec<(u32, u64)> = (0..).zip(groups.iter().map(|(share, _)| *share)).collect();
         pool.localities = Some((claim(turns), schedule(&shares)));
-        let lists = groups.iter().map(|(_, group)| List::new(endpoints, group, turns));
+        let lists = groups.iter().map(|(_, group)| List::new(of, group, turns));
         pool.lists = lists.collect();
         pool
     }
@@ -444,8 +505,8 @@ fn claim(turns: &mut usize) -> usize {
 }
 
 impl List {
-    fn new(endpoints: &[Endpoint], members: &[u32], turns: &mut usize) -> Self {
-        let entry = |m: &u32| (*m, u64::from(endpoints[*m as usize].weight.max(1)));
+    fn new(of: &Members<'_>, members: &[u32], turns: &mut usize) -> Self {
+        let entry = |m: &u32| (*m, of.weights[*m as usize]);
         let entries: Vec<_> = members.iter().map(entry).collect();
         Self {
             turns: claim(turns),
@@ -512,11 +573,12 @@ mod tests {
                 })
                 .collect(),
             subsets: None,
+            slow_start: None,
         }
     }
 
     fn counts(spread: &Spread, endpoints: &[Endpoint], requests: usize) -> Vec<usize> {
-        let picker = Picker::new(spread, endpoints);
+        let picker = Picker::new(spread, endpoints, Instant::now());
         let mut turns = Turns::new(&picker, None);
         let mut counts = vec![0; endpoints.len()];
         let ask = Ask::any(SocketAddr::from(([0, 0, 0, 0], 0)));
@@ -526,6 +588,32 @@ mod tests {
             }
         }
         counts
+    }
+
+    #[test]
+    fn a_new_endpoint_takes_its_share_little_by_little() {
+        let all = endpoints(&[&[(1, UP), (2, UP)]]);
+        let mut spread = spread(Balance::RoundRobin, &[(0, 1)]);
+        spread.slow_start = Some(SlowStart {
+            window: Duration::from_secs(100),
+            aggression: 1.0,
+            least: 0.1,
+        });
+        let weights = |seconds| {
+            let now = Instant::now() + Duration::from_secs(seconds);
+            super::weights(&spread, &all, now)
+        };
+        let near = |found: Vec<u64>, expected: [u64; 2]| {
+            let near = found.iter().zip(expected).all(|(f, e)| f.abs_diff(e) <= 20);
+            assert!(near, "{found:?}, not {expected:?}");
+        };
+        near(weights(0), [100, 200]);
+        near(weights(50), [500, 1000]);
+        assert_eq!(weights(101), [1, 2]);
+        assert!(spread.is_warming(&all, Instant::now()));
+        all[0].state.set(crate::health::FAILED_OUTLIER);
+        all[1].state.set(crate::health::FAILED_OUTLIER);
+        assert!(!spread.is_warming(&all, Instant::now()));
     }
 
     const UP: Eds = Eds::Healthy;
@@ -574,7 +662,7 @@ mod tests {
         let all = endpoints(&[&[(1, UP)], &[(1, UP)], &[(1, DOWN)]]);
         let mut spread = spread(Balance::RoundRobin, &[(0, 1), (1, 1), (2, 1)]);
         spread.panic_below = 0;
-        let picker = Picker::new(&spread, &all);
+        let picker = Picker::new(&spread, &all, Instant::now());
         let mut turns = Turns::new(&picker, None);
         for (tried, expected) in [(&[][..], 0), (&[0], 1), (&[0, 1], 0), (&[0, 1, 2], 0), (&[1], 0)] {
             let ask = Ask {
@@ -591,10 +679,10 @@ mod tests {
         let all = endpoints(&[&[(1, UP), (1, UP)]]);
         let mut spread = spread(Balance::RoundRobin, &[(0, 1)]);
         spread.panic_below = 0;
-        let current = Current::new(Picker::new(&spread, &all));
+        let current = Current::new(Picker::new(&spread, &all, Instant::now()));
         let (turn, _) = current.load();
         all[0].state.set(crate::health::FAILED_OUTLIER);
-        current.set(Picker::new(&spread, &all));
+        current.set(Picker::new(&spread, &all, Instant::now()));
         assert_ne!(current.turn(), turn);
         let (_, picker) = current.load();
         let mut turns = Turns::new(&picker, None);

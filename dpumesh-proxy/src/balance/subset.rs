@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Levels, Spread};
+use super::{Levels, Members};
 use crate::config::model::Endpoint;
 
 /// Keys and values (as JSON), sorted by key.
@@ -85,12 +85,8 @@ pub(super) struct Subsets {
 }
 
 impl Subsets {
-    pub(super) fn new(
-        config: &Arc<Config>,
-        spread: &Spread,
-        endpoints: &[Endpoint],
-        turns: &mut usize,
-    ) -> Self {
+    pub(super) fn new(config: &Arc<Config>, of: &Members<'_>, turns: &mut usize) -> Self {
+        let endpoints = of.endpoints;
         let mut members: HashMap<Box<Fields>, Vec<u32>> = HashMap::new();
         for (member, endpoint) in (0u32..).zip(endpoints) {
             for selector in &config.selectors {
@@ -107,7 +103,7 @@ impl Subsets {
         sorted.sort();
         let found = sorted
             .into_iter()
-            .map(|(key, list)| (key, Levels::new(spread, endpoints, &list, turns)))
+            .map(|(key, list)| (key, Levels::new(of, &list, turns)))
             .collect();
         let wants_default = |fallback: &Fallback| *fallback == Fallback::Default;
         let of_selectors = config.selectors.iter().filter_map(|s| s.fallback.as_ref());
@@ -116,7 +112,7 @@ impl Subsets {
             let has = |e: &Endpoint| config.default_subset.iter().all(|f| e.metadata.contains(f));
             let list = (0u32..).zip(endpoints).filter(|(_, e)| has(e));
             let list: Vec<u32> = list.map(|(member, _)| member).collect();
-            Levels::new(spread, endpoints, &list, turns)
+            Levels::new(of, &list, turns)
         });
         Self {
             config: Arc::clone(config),
@@ -173,7 +169,7 @@ fn project(metadata: &Fields, keys: &[String]) -> Option<Box<Fields>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::{Ask, Locality, Picker, Turns};
+    use crate::balance::{Ask, Locality, Picker, Spread, Turns};
     use crate::config::model::Balance;
     use crate::health::{Eds, State};
 
@@ -224,8 +220,9 @@ mod tests {
                 name: Default::default(),
             }],
             subsets: Some(Arc::new(config.clone())),
+            slow_start: None,
         };
-        let picker = Picker::new(&spread, &endpoints);
+        let picker = Picker::new(&spread, &endpoints, std::time::Instant::now());
         let mut turns = Turns::new(&picker, None);
         let criteria = Criteria::new(fields(asked));
         let ask = Ask {

@@ -14,7 +14,7 @@ use super::translate::{Sockets, socket_address};
 use super::translate_route::is_value;
 use crate::balance::policy::{By, Cookie, HashPolicy};
 use crate::balance::subset::{Config as Subsets, Criteria, Fallback, Fields, Selector};
-use crate::balance::{Locality, Spread};
+use crate::balance::{Locality, SlowStart, Spread};
 use crate::health::{Eds, State};
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -57,13 +57,45 @@ pub(super) fn spread(at: &At, kind: &ClusterKind, assignment: Option<&At>) -> Re
         by_locality: weighted && subsets.is_none(),
         localities: Vec::new(),
         subsets,
+        slow_start: slow_start(at)?,
     })
+}
+
+/// The slow start of the policy in use.
+fn slow_start(at: &At) -> Result<Option<SlowStart>> {
+    let config = match at.choice("lb_policy").as_str() {
+        "ROUND_ROBIN" => at.message("round_robin_lb_config"),
+        "LEAST_REQUEST" => at.message("least_request_lb_config"),
+        _ => None,
+    };
+    let Some(at) = config.and_then(|c| c.message("slow_start_config")) else {
+        return Ok(None);
+    };
+    let window = at.duration("slow_start_window")?.unwrap_or_default();
+    let aggression = at.message("aggression").map(|a| double(&a, "default_value"));
+    let aggression = aggression.unwrap_or(1.0);
+    if !(aggression > 0.0 && aggression.is_finite()) {
+        return Err(at.refuse("aggression.default_value", "must be greater than 0"));
+    }
+    let least = at
+        .message("min_weight_percent")
+        .map(|p| percent(&p))
+        .transpose()?;
+    Ok((!window.is_zero()).then_some(SlowStart {
+        window,
+        aggression,
+        least: least.unwrap_or(10.0) / 100.0,
+    }))
+}
+
+fn double(at: &At, field: &str) -> f64 {
+    let value = at.message.get_field_by_name(field);
+    value.and_then(|v| v.as_f64()).unwrap_or_default()
 }
 
 /// A `Percent`.
 pub(super) fn percent(at: &At) -> Result<f64> {
-    let value = at.message.get_field_by_name("value");
-    let value = value.and_then(|v| v.as_f64()).unwrap_or_default();
+    let value = double(at, "value");
     if (0.0..=100.0).contains(&value) {
         Ok(value)
     } else {

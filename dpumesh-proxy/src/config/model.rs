@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
@@ -500,9 +500,15 @@ impl PartialEq for Endpoint {
 impl Eq for Endpoint {}
 
 impl Cluster {
+    /// Whether its endpoints' health, or what they can take, changes by itself.
+    pub fn has_health(&self) -> bool {
+        self.outlier.is_some() || self.check.is_some() || self.spread.slow_start.is_some()
+    }
+
     /// Puts a picker in force that goes by the endpoints' present health, and counts them. For the control thread.
     pub fn renew_picker(&self) {
-        self.picker.set(Picker::new(&self.spread, &self.endpoints));
+        let picker = Picker::new(&self.spread, &self.endpoints, Instant::now());
+        self.picker.set(picker);
         self.count_members();
     }
 

@@ -563,6 +563,8 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "common_lb_config",
             "outlier_detection",
             "health_checks",
+            "round_robin_lb_config",
+            "least_request_lb_config",
             "ring_hash_lb_config",
             "maglev_lb_config",
             "lb_subset_config",
@@ -642,6 +644,19 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.config.endpoint.v3.Endpoint.HealthCheckConfig",
         &["port_value"],
     ),
+    (
+        "envoy.config.cluster.v3.Cluster.RoundRobinLbConfig",
+        &["slow_start_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.LeastRequestLbConfig",
+        &["slow_start_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.SlowStartConfig",
+        &["slow_start_window", "aggression", "min_weight_percent"],
+    ),
+    ("envoy.config.core.v3.RuntimeDouble", &["default_value"]),
     (
         "envoy.config.cluster.v3.Cluster.RingHashLbConfig",
         &["minimum_ring_size", "maximum_ring_size", "hash_function"],
@@ -1021,6 +1036,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "stats_for_all_methods",
         "accepted, counts nothing: no statistics by gRPC method are kept",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeDouble",
+        "runtime_key",
+        "there is no runtime to override the default",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",

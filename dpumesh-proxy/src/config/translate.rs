@@ -513,7 +513,7 @@ impl Context<'_> {
             retrying: Arc::default(),
             protocol,
             http2,
-            picker: Current::new(Picker::new(&spread, &endpoints)),
+            picker: Current::new(Picker::new(&spread, &endpoints, std::time::Instant::now())),
             spread,
             outlier: match at.message("outlier_detection") {
                 Some(detection) => {

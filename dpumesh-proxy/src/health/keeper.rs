@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -9,6 +10,12 @@ use super::outlier::{Detector, Scene};
 use super::prober::{Prober, Surroundings};
 use super::{Report, What};
 use crate::config::model::{Cluster, Config};
+
+/// In so many steps a new endpoint comes to its share.
+const WARMING_STEPS: u32 = 100;
+
+/// No step is shorter.
+const SHORTEST_STEP: Duration = Duration::from_millis(50);
 
 /// Keeps the health of all clusters' endpoints.
 #[derive(Debug)]
@@ -24,6 +31,8 @@ pub struct Keeper {
 struct Kept {
     cluster: Arc<Cluster>,
     detector: Option<Detector>,
+    /// While endpoints are new: when their shares are worked out again.
+    warming: Option<Instant>,
 }
 
 impl Keeper {
@@ -43,10 +52,7 @@ impl Keeper {
             return;
         }
         self.generation = config.generation;
-        let governed = config
-            .clusters
-            .iter()
-            .filter(|c| c.outlier.is_some() || c.check.is_some());
+        let governed = config.clusters.iter().filter(|c| c.has_health());
         let governed: HashMap<&str, &Arc<Cluster>> = governed.map(|c| (c.name.as_str(), c)).collect();
         self.kept.retain(|name, _| governed.contains_key(name.as_str()));
         for (name, cluster) in governed {
@@ -81,7 +87,9 @@ impl Keeper {
         let Some(kept) = self.kept.get_mut(&report.cluster.name) else {
             return;
         };
-        let Kept { cluster, detector } = kept;
+        let Kept {
+            cluster, detector, ..
+        } = kept;
         let changed = match report.what {
             What::Consecutive(reason) => match (detector, scene(cluster, now)) {
                 (Some(detector), Some(scene)) => detector.row(&scene, report.endpoint, reason),
@@ -96,23 +104,30 @@ impl Keeper {
         };
         if changed {
             cluster.renew_picker();
+            kept.warm(now);
         }
     }
 
     /// When [`Self::tick`] is to be called.
     pub fn due(&self) -> Option<Instant> {
-        let all = self.kept.values().filter_map(|kept| kept.detector.as_ref());
-        all.map(Detector::due).min()
+        let due = |kept: &Kept| [kept.detector.as_ref().map(Detector::due), kept.warming];
+        self.kept.values().flat_map(due).flatten().min()
     }
 
     /// Does what is due.
     pub fn tick(&mut self, now: Instant) {
-        for Kept { cluster, detector } in self.kept.values_mut() {
-            if let (Some(detector), Some(scene)) = (detector, scene(cluster, now))
-                && detector.due() <= now
-                && detector.interval(&scene)
-            {
-                cluster.renew_picker();
+        for kept in self.kept.values_mut() {
+            let Kept {
+                cluster, detector, ..
+            } = kept;
+            let judged = match (detector, scene(cluster, now)) {
+                (Some(detector), Some(scene)) if detector.due() <= now => detector.interval(&scene),
+                _ => false,
+            };
+            let warmer = kept.warming.is_some_and(|due| due <= now);
+            if judged || warmer {
+                kept.cluster.renew_picker();
+                kept.warm(now);
             }
         }
     }
@@ -133,6 +148,7 @@ impl Kept {
         let mut kept = Self {
             cluster: Arc::clone(cluster),
             detector: None,
+            warming: None,
         };
         kept.renew(cluster, now);
         kept
@@ -144,5 +160,18 @@ impl Kept {
             let detector = self.detector.get_or_insert_with(|| Detector::new(&scene));
             detector.follow(&scene);
         }
+        self.warm(now);
+    }
+
+    /// Says when the shares of new endpoints are worked out again, if there are any.
+    fn warm(&mut self, now: Instant) {
+        let Cluster {
+            spread, endpoints, ..
+        } = &*self.cluster;
+        let step = spread
+            .slow_start
+            .map(|slow| (slow.window / WARMING_STEPS).max(SHORTEST_STEP));
+        let warming = spread.is_warming(endpoints, now.into_std());
+        self.warming = step.filter(|_| warming).map(|step| now + step);
     }
 }

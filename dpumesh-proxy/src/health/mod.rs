@@ -9,7 +9,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -58,11 +59,25 @@ pub enum Eds {
 }
 
 /// What is known of an endpoint's health over all workers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct State {
     flags: AtomicU32,
+    born: Instant,
+    /// Milliseconds from its birth to when it last began to serve.
+    serves_since: AtomicU64,
     /// What outlier detection counts.
     pub counts: outlier::Counts,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            flags: AtomicU32::new(0),
+            born: Instant::now(),
+            serves_since: AtomicU64::new(0),
+            counts: outlier::Counts::default(),
+        }
+    }
 }
 
 impl State {
@@ -86,6 +101,16 @@ impl State {
     /// Clears flags.
     pub fn clear(&self, flags: u32) {
         self.flags.fetch_and(!flags, Ordering::Relaxed);
+        if flags & FAILED_CHECK != 0 {
+            let since = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.serves_since.store(since, Ordering::Relaxed);
+        }
+    }
+
+    /// How long it has been there, or has passed its health checks.
+    pub fn age(&self, now: Instant) -> Duration {
+        let since = Duration::from_millis(self.serves_since.load(Ordering::Relaxed));
+        now.saturating_duration_since(self.born + since)
     }
 
     /// How an endpoint in this state stands whose assignment says `eds`.

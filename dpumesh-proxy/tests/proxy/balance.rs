@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use crate::envoy::{Subject, at_both};
-use crate::harness::{Client, Endpoint, Message, bootstrap, lb_endpoint};
+use crate::harness::{Client, Endpoint, Message, await_true, bootstrap, lb_endpoint, replace};
 use crate::outlier::Moody;
 
 fn fleet() -> [Endpoint; 4] {
@@ -266,6 +267,44 @@ fn weights_of_endpoints_count_within_their_locality() {
                     subject.name()
                 );
             }
+        },
+    );
+}
+
+#[test]
+fn a_new_endpoint_comes_to_its_share_in_time() {
+    let all = fleet();
+    let window = Duration::from_secs(3);
+    let eds = |endpoints: &[Endpoint]| {
+        let entries: Vec<String> = endpoints.iter().map(|e| lb_endpoint(e.address)).collect();
+        format!(
+            "resources:\n- {{\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, \
+             endpoints: [{{lb_endpoints: [{}]}}]}}\n",
+            entries.join(", ")
+        )
+    };
+    at_both(
+        |_, folder| {
+            std::fs::write(format!("{folder}/eds.yaml"), eds(&all[..1])).unwrap();
+            let cluster = format!(
+                "[{{name: app, type: EDS, connect_timeout: 1s, eds_cluster_config: {{eds_config: {{path_config_source: {{path: \"{folder}/eds.yaml\"}}}}}}, \
+                 round_robin_lb_config: {{slow_start_config: {{slow_start_window: 3s, min_weight_percent: {{value: 1}}}}}}}}]"
+            );
+            bootstrap(&all_to_app(""), &cluster, "")
+        },
+        |subject, _| {
+            let mut client = subject.client();
+            let begun = Instant::now();
+            await_true("the first one is not new any more", || begun.elapsed() > window);
+            let begun = Instant::now();
+            replace(&subject.folder().join("eds.yaml"), &eds(&all[..2]));
+            subject.await_value("cluster.app.membership_total", 2);
+            let found = counts(&mut client, 100);
+            // It cannot be older than this.
+            let part = (begun.elapsed().as_secs_f64() / window.as_secs_f64()).min(1.0);
+            let most = 100.0 * part / (1.0 + part) + 10.0;
+            assert!(found[1] as f64 <= most, "{found:?}, {most} at {}", subject.name());
+            await_true("it has its share", || counts(&mut client, 100)[1] >= 45);
         },
     );
 }

@@ -50,7 +50,9 @@ fn an_endpoint_that_says_no_gets_no_requests_until_it_says_yes() {
         |subject, _| {
             let mut client = subject.client();
             healthy(subject, 1);
-            await_true("both were checked", || flags(subject, moody.address) == "/failed_active_hc");
+            await_true("both were checked", || {
+                flags(subject, moody.address) == "/failed_active_hc"
+            });
             assert_eq!(flags(subject, good.address), "healthy");
             await_true("only the good one is asked", || {
                 statuses(&mut client, 8) == [200; 8]
