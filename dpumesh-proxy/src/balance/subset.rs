@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Levels, Members};
+use super::Members;
+use super::levels::Levels;
 use crate::config::model::Endpoint;
 
 /// Keys and values (as JSON), sorted by key.

@@ -1,6 +1,6 @@
 //! Outlier detection: endpoints whose answers are failures get no requests for a while.
 //!
-//! Failures in a row are counted by the workers ([`Detection::note`]); the [`Detector`] judges them and, once per interval, the share of
+//! Failures in a row are counted by the workers ([`Detection::note`]); the `Detector` judges them and, once per interval, the share of
 //! requests that succeeded. It decides as Envoy's does: `max_ejection_percent` of all endpoints (over all priorities) at most, each
 //! ejection longer than the one before up to `max_ejection_time`, an ejected endpoint back at the first interval behind that.
 
