@@ -130,6 +130,8 @@ pub struct Extra<'a> {
     pub delayed: bool,
     /// A retry was due, but there was none left: flag `URX`.
     pub exhausted: bool,
+    /// A retry was due that the cluster's circuit breaker did not allow (`UO`).
+    pub overflowed: bool,
 }
 
 impl AccessLog {
@@ -367,7 +369,9 @@ fn flags(record: &Record<'_>, out: &mut Vec<u8>) {
     let late = first.then_some(record.flags);
     let delayed = record.extra.delayed.then_some("DI");
     let exhausted = record.extra.exhausted.then_some("URX");
-    let all = [before, delayed, own, exhausted, late];
+    let overflowed = record.extra.overflowed.then_some("UO");
+    // What became of retries was known before what became of the request.
+    let all = [exhausted, overflowed, before, delayed, own, late];
     for flag in all.into_iter().flatten().filter(|f| !f.is_empty()) {
         if out.len() > begin {
             out.push(b',');

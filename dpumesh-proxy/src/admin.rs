@@ -16,7 +16,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::access_log::timestamp;
-use crate::config::model::{Balance, ClusterKind, Config};
+use crate::config::model::{Balance, ClusterKind, Config, Endpoint};
+use crate::health::{self, Eds};
 use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
 use crate::program::{Refused, Shared, State};
@@ -355,18 +356,21 @@ fn clusters(config: &Config, query: &Query<'_>) -> Answer {
             "{name}::default_priority::max_requests::{}",
             limits.max_requests
         );
+        let retries = limits.retries.most(|| 0);
+        let _ = writeln!(text, "{name}::default_priority::max_retries::{retries}");
         let _ = writeln!(text, "{name}::added_via_api::{}", cluster.dynamic);
         for endpoint in &cluster.endpoints {
             let front = format!("{name}::{}", endpoint.address);
-            let health = if endpoint.healthy {
-                "healthy"
-            } else {
-                "/failed_eds_health"
-            };
-            let _ = writeln!(text, "{front}::hostname::");
+            let health = endpoint.state.flags(endpoint.eds);
+            let locality = &cluster.spread.localities[endpoint.locality as usize];
+            let [region, zone, sub_zone] = &locality.name;
+            let _ = writeln!(text, "{front}::hostname::{}", endpoint.hostname);
             let _ = writeln!(text, "{front}::health_flags::{health}");
             let _ = writeln!(text, "{front}::weight::{}", endpoint.weight);
-            let _ = writeln!(text, "{front}::priority::0");
+            let _ = writeln!(text, "{front}::region::{region}");
+            let _ = writeln!(text, "{front}::zone::{zone}");
+            let _ = writeln!(text, "{front}::sub_zone::{sub_zone}");
+            let _ = writeln!(text, "{front}::priority::{}", locality.priority);
         }
     }
     Answer::text(200, text)
@@ -377,12 +381,11 @@ fn cluster_json(cluster: &crate::config::model::Cluster) -> Value {
         .endpoints
         .iter()
         .map(|e| {
-            let health = if e.healthy {
-                json!({"eds_health_status": "HEALTHY"})
-            } else {
-                json!({"eds_health_status": "UNHEALTHY"})
-            };
-            json!({"address": address_json(e.address), "weight": e.weight, "health_status": health})
+            let locality = &cluster.spread.localities[e.locality as usize];
+            let [region, zone, sub_zone] = &locality.name;
+            json!({"address": address_json(e.address), "weight": e.weight, "health_status": health_json(e),
+                "priority": locality.priority, "hostname": e.hostname,
+                "locality": {"region": region, "zone": zone, "sub_zone": sub_zone}})
         })
         .collect();
     let kind = match cluster.kind {
@@ -390,14 +393,39 @@ fn cluster_json(cluster: &crate::config::model::Cluster) -> Value {
         ClusterKind::Eds => "EDS",
         ClusterKind::OriginalDst => "ORIGINAL_DST",
     };
-    let balance = match cluster.balance {
+    let balance = match cluster.spread.balance {
         Balance::RoundRobin => "ROUND_ROBIN",
         Balance::Random => "RANDOM",
         Balance::LeastRequest => "LEAST_REQUEST",
+        Balance::RingHash { .. } => "RING_HASH",
+        Balance::Maglev { .. } => "MAGLEV",
         Balance::Provided => "CLUSTER_PROVIDED",
     };
     json!({"name": cluster.name, "added_via_api": cluster.dynamic, "type": kind, "lb_policy": balance,
         "host_statuses": hosts, "observability_name": cluster.name})
+}
+
+/// Envoy's `HostHealthStatus`.
+fn health_json(endpoint: &Endpoint) -> Value {
+    let eds = match endpoint.eds {
+        Eds::Healthy => "HEALTHY",
+        Eds::Degraded => "DEGRADED",
+        Eds::Unhealthy => "UNHEALTHY",
+        Eds::Draining => "DRAINING",
+    };
+    let mut status = json!({"eds_health_status": eds});
+    for (flag, name) in [
+        (health::FAILED_CHECK, "failed_active_health_check"),
+        (health::FAILED_OUTLIER, "failed_outlier_check"),
+        (health::DEGRADED_CHECK, "failed_active_degraded_check"),
+        (health::PENDING_CHECK, "pending_active_hc"),
+        (health::TIMED_OUT_CHECK, "active_hc_timeout"),
+    ] {
+        if endpoint.state.has(flag) {
+            status[name] = json!(true);
+        }
+    }
+    status
 }
 
 fn address_json(address: std::net::SocketAddr) -> Value {

@@ -4,6 +4,8 @@
 //! listener ─► filter chain ─► tls ─┬─ http1::serve ─► route ─┐   (http2: frames on either side)
 //!                                  └─ tcp::relay ────────────┴─► upstream: cluster ─► endpoint ─► tls ─► connection
 //! ```
+//! Which endpoint is [`balance`]'s answer, by what [`health`] knows of them.
+//!
 //! Reads an Envoy v3 bootstrap ([`config`]), serves Envoy's admin paths ([`admin`]) and Envoy's statistics
 //! ([`stats`]). One [`worker`] per core owns everything a request touches; [`program`] starts workers and the control
 //! thread, for the program `dpu-proxy` and for whoever embeds it. What differs from Envoy: `dpumesh-proxy/README.md`.
@@ -13,9 +15,11 @@
 pub mod access_log;
 pub mod admin;
 mod alarm;
+pub mod balance;
 pub mod config;
 pub mod dataplane;
 pub mod entry;
+pub mod health;
 pub mod http1;
 pub mod http2;
 pub mod listener;

@@ -26,6 +26,9 @@ use crate::config::ConfigError;
 use crate::config::ads;
 use crate::config::files::Files;
 use crate::config::model::Config;
+use crate::health::keeper::Keeper;
+use crate::health::prober::Surroundings;
+use crate::health::{Report, Reporter};
 use crate::stats::{self, Registry, Shard};
 use crate::tls::Secrets;
 use crate::tls::context::{Secret, Shown};
@@ -221,6 +224,7 @@ pub struct Shared {
     bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
     state: AtomicU8,
     quit: mpsc::UnboundedSender<()>,
+    reports: Reporter,
 }
 
 /// An update of a watched file that was refused, while the last good one serves.
@@ -300,6 +304,7 @@ impl Proxy {
             .clone()
             .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
         let (quit, quits) = mpsc::unbounded_channel();
+        let (reports, reported) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             secrets,
             config: Arc::new(ArcSwap::from_pointee(config)),
@@ -311,6 +316,7 @@ impl Proxy {
             bound: Mutex::default(),
             state: AtomicU8::new(State::Initializing as u8),
             quit,
+            reports,
             options,
         });
         let admin = match shared.config.load().admin {
@@ -323,6 +329,11 @@ impl Proxy {
             shared: Arc::clone(&shared),
             files,
             workers,
+            keeper: Keeper::new(Surroundings {
+                netns: shared.options.stack_netns.clone(),
+                secrets: Arc::clone(&shared.secrets),
+                reports: shared.reports.clone(),
+            }),
         };
         control.apply_first()?;
         if ads.is_none() {
@@ -330,7 +341,7 @@ impl Proxy {
         }
         let thread = std::thread::Builder::new().name("control".to_owned());
         let control = thread
-            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), quits))
+            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), (quits, reported)))
             .map_err(Error::io("starting the control thread"))?;
         Ok(Self {
             shared,
@@ -423,6 +434,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             stack_netns: shared.options.stack_netns.clone(),
             registry: Arc::clone(&shared.registry),
             secrets: Arc::clone(&shared.secrets),
+            reports: shared.reports.clone(),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -452,6 +464,17 @@ struct Control {
     shared: Arc<Shared>,
     files: Files,
     workers: Vec<Running>,
+    keeper: Keeper,
+}
+
+/// What the control thread is told: to end, and what there is to judge of endpoints.
+type Told = (mpsc::UnboundedReceiver<()>, mpsc::UnboundedReceiver<Report>);
+
+async fn until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// New sockets for each worker, and what they are bound to.
@@ -468,7 +491,7 @@ impl Control {
         Ok(())
     }
 
-    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, quits: mpsc::UnboundedReceiver<()>) {
+    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, told: Told) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -476,15 +499,10 @@ impl Control {
                 return;
             }
         };
-        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, quits));
+        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, told));
     }
 
-    async fn serve(
-        mut self,
-        admin: Option<TcpListener>,
-        ads: Option<Ads>,
-        mut quits: mpsc::UnboundedReceiver<()>,
-    ) {
+    async fn serve(mut self, admin: Option<TcpListener>, ads: Option<Ads>, (mut quits, mut reports): Told) {
         if let Some(admin) = admin {
             tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
         }
@@ -495,15 +513,25 @@ impl Control {
         let mut signals = self.shared.options.signals.then(Signals::new).flatten();
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.keep_health();
         loop {
+            let due = self.keeper.due();
             tokio::select! {
                 _ = quits.recv() => break,
                 () = Signals::next(&mut signals) => break,
                 _ = look.tick() => self.look(),
                 Some(update) = updates.recv() => self.update(update),
+                Some(report) = reports.recv() => self.keeper.take(&report, tokio::time::Instant::now()),
+                () = until(due) => self.keeper.tick(tokio::time::Instant::now()),
             }
         }
         self.drain(quits, signals).await;
+    }
+
+    /// Takes up whose health is to be kept, where the configuration is another.
+    fn keep_health(&mut self) {
+        let config = self.shared.config.load();
+        self.keeper.follow(&config, tokio::time::Instant::now());
     }
 
     fn look(&mut self) {
@@ -511,6 +539,7 @@ impl Control {
             shared,
             files,
             workers,
+            ..
         } = self;
         let current = shared.config.load_full();
         let mut accept = |config: Config| take(shared, workers, config);
@@ -526,6 +555,7 @@ impl Control {
         files.reload(&shared.registry, &shared.sinks, &current, &mut accept, &mut tell);
         refused.retain(|file, _| files.reads(file));
         *lock(&shared.refused) = refused;
+        self.keep_health();
     }
 
     /// A change from the aggregated stream.
@@ -534,6 +564,7 @@ impl Control {
             shared,
             files,
             workers,
+            ..
         } = self;
         let mut accept = |config: Config| take(shared, workers, config);
         let applied = files.apply_ads(&update.update, &shared.registry, &shared.sinks, &mut accept);
@@ -542,6 +573,7 @@ impl Control {
         }
         // The stream is gone where this fails; what was taken stays.
         let _ = update.answer.send(applied);
+        self.keep_health();
     }
 
     async fn drain(self, mut quits: mpsc::UnboundedReceiver<()>, mut signals: Option<Signals>) {
@@ -722,11 +754,7 @@ fn count_changes(shared: &Shared, before: Option<&Config>, now: &Config) {
         if old.is_none_or(|old| old.endpoints != cluster.endpoints) && !cluster.endpoints.is_empty() {
             cluster.stats.inc(one, Cluster::MembershipChange);
         }
-        let healthy = cluster.endpoints.iter().filter(|e| e.healthy).count();
-        cluster
-            .stats
-            .set(one, Cluster::MembershipTotal, cluster.endpoints.len() as u64);
-        cluster.stats.set(one, Cluster::MembershipHealthy, healthy as u64);
+        cluster.count_members();
     }
     listeners.add(
         one,

@@ -11,6 +11,8 @@ use std::time::Duration;
 use regex::bytes::Regex;
 
 use crate::access_log::{Record, Template};
+use crate::balance::policy::HashPolicy;
+use crate::balance::subset::Criteria;
 use crate::config::model::{ClusterRef, Weighted};
 
 pub mod cors;
@@ -188,6 +190,10 @@ pub struct Forward {
     pub host_rewrite: Option<Vec<u8>>,
     /// When the request is sent once more.
     pub retry: Option<Arc<retry::RetryPolicy>>,
+    /// What consistent hashing goes by.
+    pub hash: Vec<HashPolicy>,
+    /// Which of the cluster's endpoints come into question.
+    pub subset: Option<Criteria>,
 }
 
 /// What a route replaces of the path.
@@ -206,8 +212,8 @@ pub enum Target {
     Cluster(ClusterRef),
     /// Named by a request header (lower case).
     Header(Vec<u8>, HashMap<Vec<u8>, ClusterRef>),
-    /// By weight.
-    Weighted(Weighted<(ClusterRef, HeaderChanges)>),
+    /// By weight; each with its own header changes and choice of endpoints.
+    Weighted(Weighted<(ClusterRef, HeaderChanges, Option<Criteria>)>),
 }
 
 /// `RedirectAction`.

@@ -163,6 +163,7 @@ members! {
         RqRetry = "upstream_rq_retry" Counter,
         RqRetrySuccess = "upstream_rq_retry_success" Counter,
         RqRetryLimitExceeded = "upstream_rq_retry_limit_exceeded" Counter,
+        RqRetryOverflow = "upstream_rq_retry_overflow" Counter,
         RqPerTryTimeout = "upstream_rq_per_try_timeout" Counter,
         RqRxReset = "upstream_rq_rx_reset" Counter,
         RqTxReset = "upstream_rq_tx_reset" Counter,
@@ -173,9 +174,53 @@ members! {
         MembershipChange = "membership_change" Counter,
         MembershipTotal = "membership_total" Gauge,
         MembershipHealthy = "membership_healthy" Gauge,
+        MembershipDegraded = "membership_degraded" Gauge,
+        MembershipExcluded = "membership_excluded" Gauge,
+        LbHealthyPanic = "lb_healthy_panic" Counter,
+        LbSubsetsActive = "lb_subsets_active" Gauge,
+        LbSubsetsSelected = "lb_subsets_selected" Counter,
+        LbSubsetsFallback = "lb_subsets_fallback" Counter,
         UpdateAttempt = "update_attempt" Counter,
         UpdateSuccess = "update_success" Counter,
         UpdateRejected = "update_rejected" Counter,
+    }
+}
+
+members! {
+    /// `cluster.NAME.outlier_detection.*`.
+    Outlier {
+        Active = "ejections_active" Gauge,
+        Total = "ejections_total" Counter,
+        Overflow = "ejections_overflow" Counter,
+        Consecutive5xx = "ejections_consecutive_5xx" Counter,
+        SuccessRate = "ejections_success_rate" Counter,
+        Detected5xx = "ejections_detected_consecutive_5xx" Counter,
+        DetectedGateway = "ejections_detected_consecutive_gateway_failure" Counter,
+        DetectedLocal = "ejections_detected_consecutive_local_origin_failure" Counter,
+        DetectedSuccessRate = "ejections_detected_success_rate" Counter,
+        DetectedLocalSuccessRate = "ejections_detected_local_origin_success_rate" Counter,
+        DetectedFailurePercentage = "ejections_detected_failure_percentage" Counter,
+        DetectedLocalFailurePercentage = "ejections_detected_local_origin_failure_percentage" Counter,
+        EnforcedTotal = "ejections_enforced_total" Counter,
+        Enforced5xx = "ejections_enforced_consecutive_5xx" Counter,
+        EnforcedGateway = "ejections_enforced_consecutive_gateway_failure" Counter,
+        EnforcedLocal = "ejections_enforced_consecutive_local_origin_failure" Counter,
+        EnforcedSuccessRate = "ejections_enforced_success_rate" Counter,
+        EnforcedLocalSuccessRate = "ejections_enforced_local_origin_success_rate" Counter,
+        EnforcedFailurePercentage = "ejections_enforced_failure_percentage" Counter,
+        EnforcedLocalFailurePercentage = "ejections_enforced_local_origin_failure_percentage" Counter,
+    }
+}
+
+members! {
+    /// `cluster.NAME.health_check.*`.
+    HealthCheck {
+        Attempt = "attempt" Counter,
+        Success = "success" Counter,
+        Failure = "failure" Counter,
+        NetworkFailure = "network_failure" Counter,
+        Healthy = "healthy" Gauge,
+        Degraded = "degraded" Gauge,
     }
 }
 
@@ -472,11 +517,14 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
         }
         (format!("{base}_{member}"), extra)
     };
-    if let Some(name) = scope
-        .strip_prefix("cluster.")
-        .and_then(|name| name.strip_suffix(".ssl"))
-    {
-        return class("envoy_cluster_ssl", label("envoy_cluster_name", name));
+    for part in ["ssl", "outlier_detection", "health_check"] {
+        let of_cluster = scope.strip_prefix("cluster.").and_then(|n| n.strip_suffix(part));
+        if let Some(name) = of_cluster.and_then(|name| name.strip_suffix('.')) {
+            return class(
+                &format!("envoy_cluster_{part}"),
+                label("envoy_cluster_name", name),
+            );
+        }
     }
     if let Some(address) = scope
         .strip_prefix("listener.")

@@ -17,7 +17,9 @@ use tokio::time::Instant;
 
 use crate::access_log::{Extra, Record};
 use crate::alarm::{Alarm, earlier};
+use crate::balance::{Ask, policy};
 use crate::config::model::{TcpProxy, Terminal};
+use crate::health::outlier::Outcome;
 use crate::http1::buffer::Buffer;
 use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
 use crate::tls::Stream;
@@ -54,9 +56,13 @@ pub(crate) async fn relay(
         }
         Some(lane) => {
             let mut attempts = 0;
+            let ask = Ask {
+                hash: proxy.hash_source_ip.then(|| policy::of_ip(peer.remote.ip())),
+                ..Ask::any(peer.local)
+            };
             let server = loop {
                 attempts += 1;
-                let Some(picked) = lane.pick(peer.local) else {
+                let Some(picked) = lane.pick(&ask) else {
                     lane.cluster.stats.inc(shard, ClusterStat::CxNoneHealthy);
                     end.flags = "UH";
                     break None;
@@ -64,12 +70,20 @@ pub(crate) async fn relay(
                 let address = picked.endpoint.address;
                 end.upstream = Some(address);
                 match lane.connect(&picked, &peer).await {
-                    Ok(server) => break Some((picked, server)),
+                    Ok(server) => {
+                        lane.note(&picked, Outcome::Served);
+                        break Some((picked, server));
+                    }
                     Err(failure) => {
-                        end.flags = match failure {
-                            NoConnection::Overflow => "UO",
-                            NoConnection::TimedOut | NoConnection::Failed(_) => "UF",
+                        let (flags, outcome) = match failure {
+                            NoConnection::Overflow => ("UO", None),
+                            NoConnection::TimedOut => ("UF", Some(Outcome::TimedOut)),
+                            NoConnection::Failed(_) => ("UF", Some(Outcome::Failed)),
                         };
+                        end.flags = flags;
+                        if let Some(outcome) = outcome {
+                            lane.note(&picked, outcome);
+                        }
                         if attempts >= proxy.max_connect_attempts || matches!(failure, NoConnection::Overflow)
                         {
                             break None;

@@ -19,13 +19,19 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::config::model::{Balance, Cluster, ClusterKind, Protocol};
+use crate::balance::Held;
+use crate::config::model::{Cluster, ClusterKind, Protocol};
+use crate::health::Reporter;
 use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
 use crate::tls::{ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
+
+mod pick;
+
+pub use pick::Picked;
 
 /// Idle connections kept for one (endpoint, source address), at most.
 const IDLE_PER_KEY: usize = 512;
@@ -45,7 +51,8 @@ pub struct Lane {
     secrets: Arc<dyn Secrets>,
     endpoints: Vec<Rc<EndpointLane>>,
     originals: RefCell<HashMap<SocketAddr, Rc<EndpointLane>>>,
-    cursor: Cell<usize>,
+    held: RefCell<Held>,
+    reports: Reporter,
     freed: Rc<Freed>,
 }
 
@@ -137,21 +144,6 @@ impl Freed {
     }
 }
 
-/// An endpoint picked for one request; counts as load until dropped.
-#[derive(Debug)]
-pub struct Picked {
-    /// The endpoint.
-    pub endpoint: Rc<EndpointLane>,
-}
-
-impl Drop for Picked {
-    fn drop(&mut self) {
-        self.endpoint
-            .active
-            .set(self.endpoint.active.get().saturating_sub(1));
-    }
-}
-
 /// Why there is no connection.
 #[derive(Debug)]
 pub enum NoConnection {
@@ -169,6 +161,7 @@ impl Lane {
         cluster: Arc<Cluster>,
         shard: Shard,
         secrets: Arc<dyn Secrets>,
+        reports: Reporter,
         before: Option<&Self>,
     ) -> Self {
         let kept = |address: SocketAddr| {
@@ -207,44 +200,16 @@ impl Lane {
         Self {
             endpoints,
             originals: RefCell::new(originals),
-            cursor: Cell::new(before.map_or_else(|| fastrand::usize(..), |b| b.cursor.get())),
+            held: RefCell::new(Held::new(
+                &cluster.picker,
+                before.map(|b| b.held.borrow()).as_deref(),
+            )),
+            reports,
             freed: before.map(|b| Rc::clone(&b.freed)).unwrap_or_default(),
             cluster,
             shard,
             secrets,
         }
-    }
-
-    /// Picks an endpoint; `original` is the address the client meant. `None` when there is none that is healthy.
-    pub fn pick(&self, original: SocketAddr) -> Option<Picked> {
-        let endpoint = match self.cluster.balance {
-            Balance::Provided => self.original(original),
-            Balance::RoundRobin => {
-                let at = self.cursor.get();
-                self.cursor.set(at.wrapping_add(1));
-                self.scheduled(at)?
-            }
-            Balance::Random => self.scheduled(fastrand::usize(..))?,
-            Balance::LeastRequest => {
-                let (a, b) = (
-                    self.scheduled(fastrand::usize(..))?,
-                    self.scheduled(fastrand::usize(..))?,
-                );
-                if b.active.get() < a.active.get() { b } else { a }
-            }
-        };
-        endpoint.active.set(endpoint.active.get() + 1);
-        Some(Picked { endpoint })
-    }
-
-    fn scheduled(&self, at: usize) -> Option<Rc<EndpointLane>> {
-        let schedule = &self.cluster.schedule;
-        if schedule.is_empty() {
-            return None;
-        }
-        self.endpoints
-            .get(schedule[at % schedule.len()] as usize)
-            .map(Rc::clone)
     }
 
     fn original(&self, address: SocketAddr) -> Rc<EndpointLane> {

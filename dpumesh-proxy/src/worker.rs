@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use crate::access_log::Lines;
 use crate::config::model::{Config, FilterChain, Listener, Terminal};
+use crate::health::Reporter;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
@@ -76,6 +77,8 @@ pub struct Start {
     pub registry: Arc<Registry>,
     /// Keys, chains and roots.
     pub secrets: Arc<dyn Secrets>,
+    /// Where the health of endpoints is judged.
+    pub reports: Reporter,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -103,6 +106,7 @@ pub struct Worker {
     /// What is known of every plain connection.
     plain: Arc<Connection>,
     secrets: Arc<dyn Secrets>,
+    reports: Reporter,
 }
 
 /// A configuration as one worker sees it.
@@ -213,11 +217,12 @@ impl Worker {
     fn new(start: &Start, config: Arc<Config>) -> Rc<Self> {
         let shard = Shard::worker(start.index);
         let generation = config.generation;
+        let program = Program::new(config, shard, (&start.secrets, &start.reports), None);
         Rc::new(Self {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
-            program: RefCell::new(Rc::new(Program::new(config, shard, &start.secrets, None))),
+            program: RefCell::new(Rc::new(program)),
             generation: Cell::new(generation),
             draining: Cell::new(None),
             spare: RefCell::default(),
@@ -228,6 +233,7 @@ impl Worker {
             http2: start.registry.scope("http2", stats::Http2::TABLE),
             plain: Arc::default(),
             secrets: Arc::clone(&start.secrets),
+            reports: start.reports.clone(),
         })
     }
 
@@ -296,7 +302,8 @@ impl Worker {
     fn apply(&self, config: Arc<Config>) {
         let before = self.program();
         self.generation.set(config.generation);
-        *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, &self.secrets, Some(&before)));
+        let program = Program::new(config, self.shard, (&self.secrets, &self.reports), Some(&before));
+        *self.program.borrow_mut() = Rc::new(program);
     }
 }
 
@@ -332,7 +339,12 @@ impl Drop for ByPort {
 }
 
 impl Program {
-    fn new(config: Arc<Config>, shard: Shard, secrets: &Arc<dyn Secrets>, before: Option<&Self>) -> Self {
+    fn new(
+        config: Arc<Config>,
+        shard: Shard,
+        (secrets, reports): (&Arc<dyn Secrets>, &Reporter),
+        before: Option<&Self>,
+    ) -> Self {
         let old: HashMap<&str, &Rc<Lane>> = match before {
             Some(before) => before
                 .lanes
@@ -343,7 +355,8 @@ impl Program {
         };
         let lane = |cluster: &Arc<crate::config::model::Cluster>| {
             let old = old.get(cluster.name.as_str()).map(|l| l.as_ref());
-            Rc::new(Lane::new(Arc::clone(cluster), shard, Arc::clone(secrets), old))
+            let (secrets, reports) = (Arc::clone(secrets), reports.clone());
+            Rc::new(Lane::new(Arc::clone(cluster), shard, secrets, reports, old))
         };
         let lanes = config.clusters.iter().map(lane).collect();
         Self { config, lanes }

@@ -41,6 +41,11 @@ impl<K: Hash + Eq, T> Kept<K, T> {
         same.then(|| Arc::clone(made))
     }
 
+    /// What was made under this key, and of what.
+    pub(super) fn last(&self, key: &K) -> Option<(&[Arc<Item>], &Arc<T>)> {
+        self.0.get(key).map(|(parts, made)| (parts.as_slice(), made))
+    }
+
     pub(super) fn keep(&mut self, key: K, parts: Vec<Arc<Item>>, made: &Arc<T>) {
         self.0.insert(key, (parts, Arc::clone(made)));
     }

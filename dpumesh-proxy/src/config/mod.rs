@@ -7,8 +7,10 @@
 //! not at all.
 
 pub mod ads;
+mod balancing;
 pub mod dump;
 pub mod files;
+mod health;
 mod http_filters;
 mod made;
 pub mod model;

@@ -6,18 +6,24 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
 
 use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
 
 use super::dump::Dump;
 use crate::access_log::AccessLog;
+use crate::balance::subset::Fields;
+use crate::balance::{Current, Picker, Spread};
+use crate::health::check::Check;
+use crate::health::outlier::Detection;
+use crate::health::{self, Eds, Health, State};
 use crate::http1::policy::HttpPolicy;
 use crate::http2;
 use crate::listener::{Facts, Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
-use crate::stats::Scope;
+use crate::stats::{self, Scope, Shard};
 use crate::tls::{ClientContext, ServerContext};
 
 /// One complete configuration.
@@ -204,6 +210,8 @@ pub struct TcpProxy {
     pub idle_timeout: Option<Duration>,
     /// Endpoints tried before giving up.
     pub max_connect_attempts: u32,
+    /// Consistent hashing goes by the client's address (`hash_policy`).
+    pub hash_source_ip: bool,
     /// Logs.
     pub access_log: Vec<Arc<AccessLog>>,
     /// `tcp.PREFIX.*`
@@ -282,8 +290,6 @@ pub struct Cluster {
     pub name: String,
     /// Where its endpoints come from.
     pub kind: ClusterKind,
-    /// How an endpoint is picked.
-    pub balance: Balance,
     /// Bound on making a connection.
     pub connect_timeout: Duration,
     /// An unused pooled connection is closed after this long.
@@ -292,12 +298,20 @@ pub struct Cluster {
     pub max_requests_per_connection: u64,
     /// Bounds of what is open at once.
     pub limits: Limits,
+    /// Requests that are being retried, of all workers.
+    pub retrying: Arc<AtomicU32>,
     /// All endpoints, in order, those that are not healthy too.
     pub endpoints: Vec<Endpoint>,
+    /// How requests are spread over them.
+    pub spread: Spread,
+    /// Picks one, as their health stands.
+    pub picker: Current,
+    /// Outlier detection, and `cluster.NAME.outlier_detection.*`.
+    pub outlier: Option<(Detection, Arc<Scope>)>,
+    /// Active health checks, and `cluster.NAME.health_check.*`.
+    pub check: Option<(Check, Arc<Scope>)>,
     /// TLS to addresses that are no endpoint of the list (original destinations).
     pub tls: Option<Arc<ClientContext>>,
-    /// The order in which round robin takes the healthy ones (indices into `endpoints`, repeated by weight).
-    pub schedule: Vec<u32>,
     /// `cluster.NAME.*`
     pub stats: Arc<Scope>,
     /// What its endpoints speak.
@@ -373,8 +387,27 @@ pub enum Balance {
     Random,
     /// The less loaded of two picked at random.
     LeastRequest,
+    /// The next point of a ring behind the request's hash.
+    RingHash {
+        /// The least points.
+        least: u64,
+        /// The most.
+        most: u64,
+    },
+    /// The place of a table that the request's hash leads to.
+    Maglev {
+        /// Places, a prime.
+        size: u32,
+    },
     /// The cluster's own way (original destination).
     Provided,
+}
+
+impl Balance {
+    /// Whether a request's hash says where it goes.
+    pub fn hashes(self) -> bool {
+        matches!(self, Self::RingHash { .. } | Self::Maglev { .. })
+    }
 }
 
 /// Circuit breakers of a cluster. They bound the sum over all workers, as closely as their unsynchronised gauges tell.
@@ -386,6 +419,35 @@ pub struct Limits {
     pub max_pending: u32,
     /// Requests in flight.
     pub max_requests: u32,
+    /// Requests being retried.
+    pub retries: RetryLimit,
+}
+
+/// How many requests of a cluster may be retried at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RetryLimit {
+    /// So many (`max_retries`).
+    Fixed(u32),
+    /// A part of those at work, but some at least (`retry_budget`).
+    Budget {
+        /// Hundredths of a percent.
+        share: u32,
+        /// So many may always be.
+        least: u32,
+    },
+}
+
+impl RetryLimit {
+    /// The most, given how many requests are at work.
+    pub fn most(self, at_work: impl FnOnce() -> u64) -> u32 {
+        match self {
+            Self::Fixed(most) => most,
+            Self::Budget { share, least } => {
+                let part = at_work().saturating_mul(u64::from(share)) / 10_000;
+                least.max(u32::try_from(part).unwrap_or(u32::MAX))
+            }
+        }
+    }
 }
 
 /// One endpoint.
@@ -395,20 +457,40 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Its share, at least 1.
     pub weight: u32,
-    /// Whether it takes requests.
-    pub healthy: bool,
+    /// What its assignment says of its health.
+    pub eds: Eds,
+    /// Its place in [`Spread::localities`].
+    pub locality: u32,
     /// TLS to it; `None` for plain TCP.
     pub tls: Option<Arc<ClientContext>>,
+    /// Its name, often empty.
+    pub hostname: String,
+    /// What subsets go by (`envoy.lb`): keys in order, values as JSON.
+    pub metadata: Arc<Fields>,
+    /// Where it is asked about its health, if that is another port.
+    pub check_port: Option<u16>,
+    /// What is found out about its health, by all workers.
+    pub state: Arc<State>,
+}
+
+impl Endpoint {
+    /// How it stands.
+    pub fn health(&self) -> Health {
+        self.state.health(self.eds)
+    }
 }
 
 impl PartialEq for Endpoint {
     fn eq(&self, other: &Self) -> bool {
         let own = |e: &Self| {
+            let tls = e.tls.as_ref().map(|t| t.fingerprint);
             (
                 e.address,
                 e.weight,
-                e.healthy,
-                e.tls.as_ref().map(|t| t.fingerprint),
+                e.eds,
+                e.locality,
+                tls,
+                Arc::clone(&e.metadata),
             )
         };
         own(self) == own(other)
@@ -416,6 +498,41 @@ impl PartialEq for Endpoint {
 }
 
 impl Eq for Endpoint {}
+
+impl Cluster {
+    /// Whether its endpoints' health, or what they can take, changes by itself.
+    pub fn has_health(&self) -> bool {
+        self.outlier.is_some() || self.check.is_some() || self.spread.slow_start.is_some()
+    }
+
+    /// Puts a picker in force that goes by the endpoints' present health, and counts them. For the control thread.
+    pub fn renew_picker(&self) {
+        let picker = Picker::new(&self.spread, &self.endpoints, Instant::now());
+        self.picker.set(picker);
+        self.count_members();
+    }
+
+    /// Shows how many endpoints there are, and how they stand. For the control thread.
+    pub fn count_members(&self) {
+        let standing = |health| self.endpoints.iter().filter(|e| e.health() == health).count();
+        let show = |member, count: usize| self.stats.set(Shard::CONTROL, member, count as u64);
+        show(stats::Cluster::MembershipTotal, self.endpoints.len());
+        show(stats::Cluster::MembershipHealthy, standing(Health::Healthy));
+        show(stats::Cluster::MembershipDegraded, standing(Health::Degraded));
+        let excluded = self.endpoints.iter().filter(|e| e.eds == Eds::Draining);
+        show(stats::Cluster::MembershipExcluded, excluded.count());
+        show(stats::Cluster::LbSubsetsActive, self.picker.load().1.subsets());
+        if let Some((_, stats)) = &self.check {
+            let with = |flag| self.endpoints.iter().filter(|e| e.state.has(flag)).count();
+            let show = |member, count: usize| stats.set(Shard::CONTROL, member, count as u64);
+            show(
+                stats::HealthCheck::Healthy,
+                self.endpoints.len() - with(health::FAILED_CHECK),
+            );
+            show(stats::HealthCheck::Degraded, with(health::DEGRADED_CHECK));
+        }
+    }
+}
 
 impl Listener {
     /// The chain that takes a connection: by the matcher tree where there is one, else by the chains' own matches, in Envoy's
@@ -504,54 +621,6 @@ fn longest(prefixes: &[IpNet], ip: IpAddr) -> Option<u16> {
         .max()
 }
 
-/// The order of a smooth weighted round robin over the healthy endpoints; weights are scaled down to at most
-/// [`LONGEST_SCHEDULE`] steps in all.
-pub fn schedule(endpoints: &[Endpoint]) -> Vec<u32> {
-    let healthy: Vec<(u32, u64)> = (0u32..)
-        .zip(endpoints)
-        .filter(|(_, e)| e.healthy)
-        .map(|(index, e)| (index, u64::from(e.weight.max(1))))
-        .collect();
-    if healthy.is_empty() {
-        return Vec::new();
-    }
-    let divisor = healthy.iter().fold(0, |d, (_, w)| gcd(d, *w));
-    let sum: u64 = healthy.iter().map(|(_, w)| w / divisor).sum();
-    let bound = (LONGEST_SCHEDULE as u64).max(healthy.len() as u64);
-    let scale = |w: u64| {
-        if sum <= bound {
-            w / divisor
-        } else {
-            (w / divisor * bound / sum).max(1)
-        }
-    };
-    let weights: Vec<(u32, u64)> = healthy.iter().map(|(i, w)| (*i, scale(*w))).collect();
-    let steps: u64 = weights.iter().map(|(_, w)| w).sum();
-    if weights.iter().all(|(_, w)| *w == 1) {
-        return weights.iter().map(|(index, _)| *index).collect();
-    }
-    smooth(&weights, steps)
-}
-
-/// Bound on the steps of one round, so that odd weights cost little memory.
-pub const LONGEST_SCHEDULE: usize = 1000;
-
-/// Earliest deadline first: entry `i` of weight `w` takes its k-th turn at time `(k + ½) / w`.
-fn smooth(weights: &[(u32, u64)], steps: u64) -> Vec<u32> {
-    let mut turns: Vec<(f64, u32)> = Vec::with_capacity(usize::try_from(steps).unwrap_or_default());
-    for (index, weight) in weights {
-        for turn in 0..*weight {
-            turns.push(((turn as f64 + 0.5) / *weight as f64, *index));
-        }
-    }
-    turns.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    turns.into_iter().map(|(_, index)| index).collect()
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
 /// Resolves a cluster name.
 pub(super) fn cluster_ref(name: &str, clusters: &HashMap<String, usize>) -> ClusterRef {
     ClusterRef {
@@ -564,36 +633,14 @@ pub(super) fn cluster_ref(name: &str, clusters: &HashMap<String, usize>) -> Clus
 mod tests {
     use super::*;
 
-    fn endpoints(weights: &[u32]) -> Vec<Endpoint> {
-        let address = "127.0.0.1:1".parse().unwrap();
-        weights
-            .iter()
-            .map(|w| Endpoint {
-                address,
-                weight: *w,
-                healthy: *w > 0,
-                tls: None,
-            })
-            .collect()
-    }
-
     #[test]
-    fn a_schedule_follows_the_weights_and_mixes_them() {
-        assert_eq!(schedule(&endpoints(&[1, 1, 1])), [0, 1, 2]);
-        assert_eq!(schedule(&endpoints(&[5, 5])), [0, 1]);
-        assert_eq!(schedule(&endpoints(&[2, 1])).len(), 3);
-        assert_eq!(schedule(&endpoints(&[1, 0, 1])), [0, 2]);
-        let nine = schedule(&endpoints(&[90, 10]));
-        assert_eq!(nine.iter().filter(|i| **i == 1).count(), 1);
-        assert_eq!(nine.len(), 10);
-        assert!(schedule(&endpoints(&[])).is_empty());
-    }
-
-    #[test]
-    fn odd_weights_stay_within_bounds() {
-        let long = schedule(&endpoints(&[999_983, 1, 500_009]));
-        assert!(long.len() <= LONGEST_SCHEDULE + 3);
-        assert!(long.contains(&1));
+    fn a_retry_budget_grows_with_the_work() {
+        let budget = RetryLimit::Budget {
+            share: 2_550,
+            least: 3,
+        };
+        assert_eq!([0, 12, 16, 100].map(|work| budget.most(|| work)), [3, 3, 4, 25]);
+        assert_eq!(RetryLimit::Fixed(1).most(|| 100), 1);
     }
 
     #[test]

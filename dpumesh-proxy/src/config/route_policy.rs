@@ -56,6 +56,7 @@ pub(super) fn retry(at: &At) -> Result<Option<Arc<RetryPolicy>>> {
         }
     }
     let policy = RetryPolicy {
+        priorities_after: priorities_after(at)?,
         on,
         retries,
         per_try_timeout: at.duration("per_try_timeout")?.filter(|d| !d.is_zero()),
@@ -71,6 +72,25 @@ pub(super) fn retry(at: &At) -> Result<Option<Arc<RetryPolicy>>> {
     let nothing = retries == 0 && policy.per_try_timeout.is_none();
     Ok((!nothing).then(|| Arc::new(policy)))
 }
+
+/// `previous_priorities`.
+fn priorities_after(at: &At) -> Result<u32> {
+    let Some(priority) = at.message("retry_priority") else {
+        return Ok(0);
+    };
+    match priority.any("typed_config")? {
+        Some(config) if config.type_name() == PREVIOUS_PRIORITIES => {
+            match config.number_or("update_frequency", 0) {
+                0 => Err(config.refuse("update_frequency", "must be greater than 0")),
+                frequency => Ok(frequency),
+            }
+        }
+        _ => Err(priority.refuse("", "only previous_priorities is supported yet")),
+    }
+}
+
+const PREVIOUS_PRIORITIES: &str =
+    "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig";
 
 fn back_off(at: &At) -> Result<(Duration, Duration)> {
     let Some(back_off) = at.message("retry_back_off") else {

@@ -124,8 +124,11 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "idle_timeout",
             "access_log",
             "max_connect_attempts",
+            "hash_policy",
         ],
     ),
+    ("envoy.type.v3.HashPolicy", &["source_ip"]),
+    ("envoy.type.v3.HashPolicy.SourceIp", &[]),
     (
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster",
         &["clusters"],
@@ -292,7 +295,16 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "host_selection_retry_max_attempts",
             "retriable_status_codes",
             "retry_back_off",
+            "retry_priority",
         ],
+    ),
+    (
+        "envoy.config.route.v3.RetryPolicy.RetryPriority",
+        &["name", "typed_config"],
+    ),
+    (
+        "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+        &["update_frequency"],
     ),
     (
         "envoy.config.route.v3.RetryPolicy.RetryBackOff",
@@ -460,7 +472,39 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "retry_policy",
             "max_stream_duration",
             "max_grpc_timeout",
+            "hash_policy",
+            "metadata_match",
         ],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy",
+        &[
+            "header",
+            "cookie",
+            "connection_properties",
+            "query_parameter",
+            "terminal",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy.Header",
+        &["header_name", "regex_rewrite"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy.Cookie",
+        &["name", "ttl", "path", "attributes"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy.CookieAttribute",
+        &["name", "value"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy.ConnectionProperties",
+        &["source_ip"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.HashPolicy.QueryParameter",
+        &["name"],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
     (
@@ -468,6 +512,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         &[
             "name",
             "weight",
+            "metadata_match",
             "request_headers_to_add",
             "request_headers_to_remove",
             "response_headers_to_add",
@@ -516,7 +561,114 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "transport_socket",
             "transport_socket_matches",
             "common_lb_config",
+            "outlier_detection",
+            "health_checks",
+            "round_robin_lb_config",
+            "least_request_lb_config",
+            "ring_hash_lb_config",
+            "maglev_lb_config",
+            "lb_subset_config",
         ],
+    ),
+    (
+        "envoy.config.cluster.v3.OutlierDetection",
+        &[
+            "consecutive_5xx",
+            "interval",
+            "base_ejection_time",
+            "max_ejection_percent",
+            "enforcing_consecutive_5xx",
+            "enforcing_success_rate",
+            "success_rate_minimum_hosts",
+            "success_rate_request_volume",
+            "success_rate_stdev_factor",
+            "consecutive_gateway_failure",
+            "enforcing_consecutive_gateway_failure",
+            "split_external_local_origin_errors",
+            "consecutive_local_origin_failure",
+            "enforcing_consecutive_local_origin_failure",
+            "enforcing_local_origin_success_rate",
+            "failure_percentage_threshold",
+            "enforcing_failure_percentage",
+            "enforcing_failure_percentage_local_origin",
+            "failure_percentage_minimum_hosts",
+            "failure_percentage_request_volume",
+            "max_ejection_time",
+            "max_ejection_time_jitter",
+            "always_eject_one_host",
+            "successful_active_health_check_uneject_host",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck",
+        &[
+            "timeout",
+            "interval",
+            "initial_jitter",
+            "interval_jitter",
+            "interval_jitter_percent",
+            "unhealthy_threshold",
+            "healthy_threshold",
+            "alt_port",
+            "http_health_check",
+            "tcp_health_check",
+            "grpc_health_check",
+            "no_traffic_interval",
+            "no_traffic_healthy_interval",
+            "unhealthy_interval",
+            "unhealthy_edge_interval",
+            "healthy_edge_interval",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck.HttpHealthCheck",
+        &[
+            "host",
+            "path",
+            "expected_statuses",
+            "retriable_statuses",
+            "codec_client_type",
+            "method",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck.TcpHealthCheck",
+        &["send", "receive"],
+    ),
+    (
+        "envoy.config.core.v3.HealthCheck.GrpcHealthCheck",
+        &["service_name", "authority"],
+    ),
+    ("envoy.config.core.v3.HealthCheck.Payload", &["text", "binary"]),
+    (
+        "envoy.config.endpoint.v3.Endpoint.HealthCheckConfig",
+        &["port_value"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.RoundRobinLbConfig",
+        &["slow_start_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.LeastRequestLbConfig",
+        &["slow_start_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.SlowStartConfig",
+        &["slow_start_window", "aggression", "min_weight_percent"],
+    ),
+    ("envoy.config.core.v3.RuntimeDouble", &["default_value"]),
+    (
+        "envoy.config.cluster.v3.Cluster.RingHashLbConfig",
+        &["minimum_ring_size", "maximum_ring_size", "hash_function"],
+    ),
+    ("envoy.config.cluster.v3.Cluster.MaglevLbConfig", &["table_size"]),
+    (
+        "envoy.config.cluster.v3.Cluster.LbSubsetConfig",
+        &["fallback_policy", "default_subset", "subset_selectors"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.LbSubsetConfig.LbSubsetSelector",
+        &["keys", "fallback_policy", "fallback_keys_subset"],
     ),
     (
         "envoy.config.cluster.v3.Cluster.EdsClusterConfig",
@@ -530,22 +682,35 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "max_connections",
             "max_pending_requests",
             "max_requests",
+            "max_retries",
+            "retry_budget",
         ],
     ),
     (
-        "envoy.config.endpoint.v3.ClusterLoadAssignment",
-        &["cluster_name", "endpoints"],
+        "envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget",
+        &["budget_percent", "min_retry_concurrency"],
     ),
-    ("envoy.config.endpoint.v3.ClusterLoadAssignment.Policy", &[]),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        &["cluster_name", "endpoints", "policy"],
+    ),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
+        &["overprovisioning_factor", "weighted_priority_health"],
+    ),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",
-        &["lb_endpoints", "priority"],
+        &["lb_endpoints", "priority", "locality", "load_balancing_weight"],
     ),
+    ("envoy.config.core.v3.Locality", &["region", "zone", "sub_zone"]),
     (
         "envoy.config.endpoint.v3.LbEndpoint",
         &["endpoint", "health_status", "load_balancing_weight", "metadata"],
     ),
-    ("envoy.config.endpoint.v3.Endpoint", &["address"]),
+    (
+        "envoy.config.endpoint.v3.Endpoint",
+        &["address", "hostname", "health_check_config"],
+    ),
     ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
     (
         "envoy.extensions.access_loggers.file.v3.FileAccessLog",
@@ -785,7 +950,11 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.cluster.v3.Cluster.CommonLbConfig",
-        &["healthy_panic_threshold"],
+        &["healthy_panic_threshold", "locality_weighted_lb_config"],
+    ),
+    (
+        "envoy.config.cluster.v3.Cluster.CommonLbConfig.LocalityWeightedLbConfig",
+        &[],
     ),
     ("envoy.type.v3.Percent", &["value"]),
 ];
@@ -859,11 +1028,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "names a trace span; tracing itself is refused",
     ),
     (
-        "envoy.config.route.v3.RetryPolicy",
-        "retry_priority",
-        "picks another priority; only priority 0 is accepted",
-    ),
-    (
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "emit_filter_state",
         "accepted, counts nothing: no statistics by gRPC method are kept",
@@ -872,6 +1036,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "stats_for_all_methods",
         "accepted, counts nothing: no statistics by gRPC method are kept",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeDouble",
+        "runtime_key",
+        "there is no runtime to override the default",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",
@@ -939,26 +1108,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "clusters that ask DNS are refused",
     ),
     (
-        "envoy.config.endpoint.v3.Endpoint",
-        "hostname",
-        "used by DNS clusters and health checks only",
-    ),
-    (
-        "envoy.config.endpoint.v3.LocalityLbEndpoints",
-        "locality",
-        "a label while zone-aware balancing is refused",
-    ),
-    (
-        "envoy.config.endpoint.v3.LocalityLbEndpoints",
-        "load_balancing_weight",
-        "as in Envoy, without locality-weighted balancing (refused) it is not consulted",
-    ),
-    (
-        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
-        "overprovisioning_factor",
-        "spreads load over priorities; only priority 0 is accepted",
-    ),
-    (
         "envoy.service.discovery.v3.DiscoveryResponse",
         "nonce",
         "no acknowledgement goes out for a file",
@@ -974,24 +1123,14 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "unused original destinations are dropped when their last connection is",
     ),
     (
-        "envoy.config.cluster.v3.Cluster",
-        "outlier_detection",
-        "endpoints are not ejected: a failing one is left by retries only",
+        "envoy.config.core.v3.HealthCheck",
+        "reuse_connection",
+        "each check makes a connection of its own",
     ),
     (
         "envoy.config.core.v3.ApiConfigSource",
         "set_node_on_first_message_only",
         "the node goes with the first message only",
-    ),
-    (
-        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
-        "weighted_priority_health",
-        "spreads load over priorities; only priority 0 is accepted",
-    ),
-    (
-        "envoy.config.cluster.v3.CircuitBreakers.Thresholds",
-        "max_retries",
-        "a request is retried at most as often as its route says",
     ),
 ];
 

@@ -17,16 +17,17 @@ use super::ConfigError;
 use super::files::Service;
 use super::http_filters;
 use super::made::Made;
-use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
-    ChainMatch, Cluster, ClusterKind, Codec, FilterChain, Http2, HttpManager, Limits, Listener, OriginalSrc,
-    Protocol, ServerHeader, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
+    ChainMatch, Cluster, ClusterKind, ClusterRef, Codec, Endpoint, FilterChain, Http2, HttpManager, Limits,
+    Listener, OriginalSrc, Protocol, RetryLimit, ServerHeader, TcpProxy, Terminal, Underscores, Weighted,
+    cluster_ref,
 };
 use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
-use super::{translate_matcher, translate_route};
+use super::{balancing, health, translate_matcher, translate_route};
 use crate::access_log::{AccessLog, Sinks};
+use crate::balance::{Current, Picker};
 use crate::listener::{Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
@@ -285,6 +286,7 @@ impl Context<'_> {
             clusters,
             idle_timeout: (!idle.is_zero()).then_some(idle),
             max_connect_attempts: at.number_or("max_connect_attempts", 1).max(1),
+            hash_source_ip: balancing::hashes_source_ip(at)?,
             access_log: self.access_logs(at)?,
             stats: self.registry.scope(&format!("tcp.{prefix}"), stats::Tcp::TABLE),
         }))
@@ -439,14 +441,21 @@ impl Context<'_> {
     fn new_cluster(&self, at: &At, dynamic: bool) -> Result<Arc<Cluster>> {
         let name = at.required_text("name")?;
         let (kind, assignment) = self.cluster_kind(at, &name)?;
-        let balance = balance(at, &kind)?;
+        let mut spread = balancing::spread(at, &kind, assignment.as_ref())?;
+        let check = health::check(at)?;
         let stat_name = Some(at.text("alt_stat_name"))
             .filter(|n| !n.is_empty())
             .unwrap_or_else(|| name.clone());
         let scope = format!("cluster.{stat_name}");
         let sockets = Sockets::read(self, at, &scope)?;
         let endpoints = match &assignment {
-            Some(assignment) => endpoints(assignment, &sockets).map_err(|e| match kind {
+            Some(assignment) => balancing::endpoints(
+                assignment,
+                &sockets,
+                &mut spread,
+                &self.states(&name, at, check.is_some()),
+            )
+            .map_err(|e| match kind {
                 ClusterKind::Eds => e.in_resource(format!(
                     "endpoint assignment {:?}",
                     assignment.text("cluster_name")
@@ -457,6 +466,13 @@ impl Context<'_> {
         };
         if kind == ClusterKind::OriginalDst && !endpoints.is_empty() {
             return Err(at.refuse("load_assignment", "must not be given for an ORIGINAL_DST cluster"));
+        }
+        let by_pod = |e: &Endpoint| e.tls.as_ref().is_some_and(|tls| tls.by_pod());
+        if check.is_some() && endpoints.iter().any(by_pod) {
+            return Err(at.refuse(
+                "health_checks",
+                "checks have no pod whose certificate they could show; they are not supported yet with an on_demand_secret selector",
+            ));
         }
         let (options, protocol, http2) = cluster_http_options(at)?;
         let common = options.or_else(|| at.message("common_http_protocol_options"));
@@ -479,15 +495,6 @@ impl Context<'_> {
                 }
             }
         }
-        let panic = at
-            .message("common_lb_config")
-            .and_then(|c| c.message("healthy_panic_threshold"));
-        if let Some(panic) = panic.filter(|p| p.has("value")) {
-            return Err(panic.refuse(
-                "value",
-                "only 0 is supported: endpoints that are not healthy get nothing",
-            ));
-        }
         let connect_timeout = at
             .duration("connect_timeout")?
             .unwrap_or(std::time::Duration::from_secs(5));
@@ -499,17 +506,42 @@ impl Context<'_> {
             tls: sockets.of(&[]),
             name,
             kind,
-            balance,
             connect_timeout,
             idle_timeout: (!idle.is_zero()).then_some(idle),
             max_requests_per_connection: max_requests,
             limits: limits(at)?,
-            schedule: schedule(&endpoints),
+            retrying: Arc::default(),
             protocol,
             http2,
+            picker: Current::new(Picker::new(&spread, &endpoints, std::time::Instant::now())),
+            spread,
+            outlier: match at.message("outlier_detection") {
+                Some(detection) => {
+                    let stats = format!("{scope}.outlier_detection");
+                    let stats = self.registry.scope(&stats, stats::Outlier::TABLE);
+                    Some((health::detection(&detection)?, stats))
+                }
+                None => None,
+            },
+            check: check.map(|check| {
+                let stats = format!("{scope}.health_check");
+                (check, self.registry.scope(&stats, stats::HealthCheck::TABLE))
+            }),
             endpoints,
             dynamic,
         }))
+    }
+
+    /// What is known of the health of the endpoints, while the cluster itself is what it was.
+    fn states(&self, name: &String, at: &At, checked: bool) -> balancing::States {
+        let known = match self.before.clusters.last(name) {
+            Some(([item, ..], before)) if item.at.message == at.message => {
+                let known = before.endpoints.iter();
+                known.map(|e| (e.address, Arc::clone(&e.state))).collect()
+            }
+            _ => HashMap::new(),
+        };
+        balancing::States { known, checked }
     }
 
     fn cluster_kind(&self, at: &At, name: &str) -> Result<(ClusterKind, Option<At>)> {
@@ -790,27 +822,12 @@ fn cluster_http_options(at: &At) -> Result<(Option<At>, Protocol, Http2)> {
     Ok((common, protocol, http2_limits(http2.as_ref())?))
 }
 
-fn balance(at: &At, kind: &ClusterKind) -> Result<Balance> {
-    let original = *kind == ClusterKind::OriginalDst;
-    match at.choice("lb_policy").as_str() {
-        "CLUSTER_PROVIDED" if original => Ok(Balance::Provided),
-        "CLUSTER_PROVIDED" => Err(at.refuse("lb_policy", "CLUSTER_PROVIDED goes with ORIGINAL_DST only")),
-        _ if original => Err(at.refuse(
-            "lb_policy",
-            "must be CLUSTER_PROVIDED for an ORIGINAL_DST cluster",
-        )),
-        "ROUND_ROBIN" => Ok(Balance::RoundRobin),
-        "RANDOM" => Ok(Balance::Random),
-        "LEAST_REQUEST" => Ok(Balance::LeastRequest),
-        other => Err(at.refuse("lb_policy", format!("{other} is not supported yet"))),
-    }
-}
-
 fn limits(at: &At) -> Result<Limits> {
     let mut limits = Limits {
         max_connections: 1024,
         max_pending: 1024,
         max_requests: 1024,
+        retries: RetryLimit::Fixed(3),
     };
     for threshold in at
         .message("circuit_breakers")
@@ -823,6 +840,17 @@ fn limits(at: &At) -> Result<Limits> {
         limits.max_connections = threshold.number_or("max_connections", limits.max_connections);
         limits.max_pending = threshold.number_or("max_pending_requests", limits.max_pending);
         limits.max_requests = threshold.number_or("max_requests", limits.max_requests);
+        limits.retries = RetryLimit::Fixed(threshold.number_or("max_retries", 3));
+        if let Some(budget) = threshold.message("retry_budget") {
+            let share = match budget.message("budget_percent") {
+                Some(percent) => (balancing::percent(&percent)? * 100.0).round() as u32,
+                None => 2_000,
+            };
+            limits.retries = RetryLimit::Budget {
+                share,
+                least: budget.number_or("min_retry_concurrency", 3),
+            };
+        }
     }
     Ok(limits)
 }
@@ -834,7 +862,7 @@ type Fields = Vec<(String, Value)>;
 type Way = Option<Arc<ClientContext>>;
 
 /// `transport_socket_matches` and `transport_socket`.
-struct Sockets {
+pub(super) struct Sockets {
     matches: Vec<(Fields, Way)>,
     otherwise: Way,
 }
@@ -854,6 +882,11 @@ impl Sockets {
             None => None,
         };
         Ok(Self { matches, otherwise })
+    }
+
+    /// That of an `LbEndpoint`.
+    pub(super) fn of_endpoint(&self, entry: &At) -> Way {
+        self.of(&transport_metadata(entry))
     }
 
     /// That of the first match whose every field `metadata` has.
@@ -893,39 +926,4 @@ fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
         Some((_, Value::Message(message))) => fields(&At::new(message.clone(), "")),
         _ => Vec::new(),
     }
-}
-
-fn endpoints(assignment: &At, sockets: &Sockets) -> Result<Vec<Endpoint>> {
-    let mut endpoints = Vec::new();
-    let mut seen = HashSet::new();
-    for locality in assignment.messages("endpoints") {
-        if locality.number_or("priority", 0) != 0 {
-            return Err(locality.refuse("priority", "only priority 0 is supported yet"));
-        }
-        for entry in locality.messages("lb_endpoints") {
-            let endpoint = entry.message("endpoint");
-            let address = endpoint.as_ref().and_then(|e| e.message("address"));
-            let Some(address) = address else {
-                return Err(entry.refuse("endpoint.address", "must be given"));
-            };
-            let weight = entry.number_or("load_balancing_weight", 1);
-            if weight == 0 {
-                return Err(entry.refuse("load_balancing_weight", "must be at least 1"));
-            }
-            let healthy = matches!(
-                entry.choice("health_status").as_str(),
-                "UNKNOWN" | "HEALTHY" | "DEGRADED"
-            );
-            let address = socket_address(&address)?;
-            if seen.insert(address) {
-                endpoints.push(Endpoint {
-                    address,
-                    weight,
-                    healthy,
-                    tls: sockets.of(&transport_metadata(&entry)),
-                });
-            }
-        }
-    }
-    Ok(endpoints)
 }

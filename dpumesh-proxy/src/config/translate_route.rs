@@ -6,6 +6,7 @@ use std::sync::Arc;
 use regex::bytes::Regex;
 
 use super::ConfigError;
+use super::balancing;
 use super::model::{Weighted, cluster_ref};
 use super::re2;
 use super::route_policy::{self, PerFilter, per_filter};
@@ -235,9 +236,16 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
         }
         Ok(cluster)
     };
+    let subset = balancing::criteria(at, None);
     let to = if let Some(weighted) = at.message("weighted_clusters") {
         let entries = weighted.messages("clusters");
-        let entry = |e: &At| Ok((e.number_or("weight", 0), (named(e, "name")?, header_changes(e)?)));
+        let entry = |e: &At| {
+            let subset = balancing::criteria(e, subset.as_ref());
+            Ok((
+                e.number_or("weight", 0),
+                (named(e, "name")?, header_changes(e)?, subset),
+            ))
+        };
         let split = entries.iter().map(entry).collect::<Result<Vec<_>>>()?;
         let split = Weighted::new(split);
         Target::Weighted(
@@ -280,6 +288,8 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
             Some(retry) => route_policy::retry(&retry)?,
             None => None,
         },
+        hash: balancing::hash_policies(at)?,
+        subset,
     })
 }
 

@@ -23,6 +23,9 @@ pub struct RetryPolicy {
     /// How often another endpoint is looked for when one is picked that has failed already
     /// (`previous_hosts`); 0 takes what comes.
     pub reselections: u32,
+    /// After so many attempts, and after as many more each time, the priorities of the endpoints tried are left for others
+    /// (`previous_priorities`); 0 never.
+    pub priorities_after: u32,
 }
 
 /// A set of conditions.
@@ -216,6 +219,7 @@ mod tests {
             base_interval: Duration::from_millis(25),
             max_interval: Duration::from_millis(250),
             reselections: 0,
+            priorities_after: 0,
         }
     }
 

@@ -122,14 +122,23 @@ fn what_is_not_implemented_is_refused_with_its_path() {
             format!("{route}/route/request_mirror_policies"),
             json!([{"cluster": "app"}]),
         ),
-        (format!("{route}/route/hash_policy"), json!([{"terminal": true}])),
+        (
+            format!("{route}/route/hash_policy"),
+            json!([{"filter_state": {"key": "x"}}]),
+        ),
         (
             format!("{route}/match/runtime_fraction"),
             json!({"default_value": {"numerator": 1}}),
         ),
-        (format!("{cluster}/health_checks"), json!([{"timeout": "1s"}])),
+        (
+            format!("{cluster}/health_checks"),
+            json!([{"event_log_path": "/dev/null"}]),
+        ),
         (format!("{cluster}/type"), json!("STRICT_DNS")),
-        (format!("{cluster}/lb_policy"), json!("MAGLEV")),
+        (
+            format!("{cluster}/lb_policy"),
+            json!("LOAD_BALANCING_POLICY_CONFIG"),
+        ),
         (
             format!("{cluster}/http2_protocol_options"),
             json!({"hpack_table_size": 4096}),
@@ -140,10 +149,10 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         ),
         (
             format!("{cluster}/lb_subset_config"),
-            json!({"fallback_policy": "ANY_ENDPOINT"}),
+            json!({"panic_mode_any": true}),
         ),
         (
-            format!("{cluster}/load_assignment/endpoints/0/priority"),
+            format!("{cluster}/load_assignment/endpoints/0/proximity"),
             json!(1),
         ),
     ];

@@ -69,7 +69,22 @@ impl Subject {
         self.stat(name)
     }
 
-    fn stat(&self, name: &str) -> u64 {
+    /// What an admin path says.
+    pub(crate) fn admin(&self, path: &str) -> String {
+        match self {
+            Self::Ours(running) => running.admin("GET", path).text(),
+            Self::Envoy { admin, .. } => get(*admin, path),
+        }
+    }
+
+    /// Waits until a gauge or counter is just so.
+    pub(crate) fn await_value(&self, name: &str, value: u64) {
+        await_true(&format!("{name} == {value} at {}", self.name()), || {
+            self.stat(name) == value
+        });
+    }
+
+    pub(crate) fn stat(&self, name: &str) -> u64 {
         match self {
             Self::Ours(running) => running.stat(name),
             Self::Envoy { admin, .. } => {

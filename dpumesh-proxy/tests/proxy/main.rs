@@ -1,15 +1,18 @@
 //! The proxy as its clients and endpoints see it: started in this process, on loopback, with plain sockets around it.
 
+mod balance;
 mod config;
 mod envoy;
 mod framing;
 mod harness;
+mod health;
 mod http;
 mod http2;
 mod load;
 mod mesh;
 mod mesh_policy;
 mod netns;
+mod outlier;
 mod policy;
 mod reload;
 mod stream;

@@ -414,6 +414,49 @@ fn an_endpoint_that_breaks_off_or_says_nothing_is_retried_where_asked() {
 }
 
 #[test]
+fn retries_at_once_are_bounded_by_number_or_budget() {
+    for (limit, retried) in [
+        ("", true),
+        (", circuit_breakers: {thresholds: [{max_retries: 0}]}", false),
+        (
+            ", circuit_breakers: {thresholds: [{max_retries: 0, retry_budget: {budget_percent: {value: 100}, min_retry_concurrency: 0}}]}",
+            true,
+        ),
+        (
+            ", circuit_breakers: {thresholds: [{retry_budget: {budget_percent: {value: 20}, min_retry_concurrency: 0}}]}",
+            false,
+        ),
+    ] {
+        at_both(
+            |endpoint, folder| {
+                let extra = format!(
+                    "access_log: [{{name: file, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: \"{folder}/log\", \
+                     log_format: {{text_format_source: {{inline_string: \"%RESPONSE_FLAGS%\\n\"}}}}}}}}]"
+                );
+                let clusters = format!("[{}]", cluster("app", &[endpoint.address], limit));
+                let retry = ", retry_policy: {retry_on: 5xx, num_retries: 2}";
+                bootstrap_with(&all_to_app(retry), &clusters, &extra, "", "")
+            },
+            |subject, endpoint| {
+                let mut client = subject.client();
+                assert_eq!(client.get("/status?503").status(), 503);
+                assert_eq!(client.get("/hang-up").status(), 503);
+                let attempts = if retried { 6 } else { 2 };
+                assert_eq!(endpoint.requests(), attempts, "{limit} at {}", subject.name());
+                let overflows = if retried { 0 } else { 2 };
+                subject.await_value("cluster.app.upstream_rq_retry_overflow", overflows);
+                subject.await_value("cluster.app.upstream_rq_retry", if retried { 4 } else { 0 });
+                let log = subject.folder().join("log");
+                let lines = || std::fs::read_to_string(&log).unwrap_or_default();
+                await_true("both lines are written", || lines().lines().count() >= 2);
+                let expected = if retried { "URX\nURX,UC\n" } else { "UO\nUO,UC\n" };
+                assert_eq!(lines(), expected, "{limit} at {}", subject.name());
+            },
+        );
+    }
+}
+
+#[test]
 fn a_retry_looks_for_another_endpoint() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap();
     let nobody = closed.local_addr().unwrap();

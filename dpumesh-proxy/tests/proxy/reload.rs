@@ -122,7 +122,7 @@ fn a_bad_update_is_refused_named_and_counted_and_the_old_one_serves() {
         "resources: [",
         "resources:\n- {\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, nonsense: 1}\n",
         "resources:\n- {\"@type\": type.googleapis.com/envoy.config.cluster.v3.Cluster, name: app}\n",
-        "resources:\n- {\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, endpoints: [{priority: 1}]}\n",
+        "resources:\n- {\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, endpoints: [{proximity: 1}]}\n",
     ]
     .iter()
     .enumerate()

@@ -1,14 +1,18 @@
 //! How often a request has been tried, and whether it is tried once more.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::failure::Broken;
+use crate::balance::Ask;
 use crate::http1::body::Flow;
 use crate::http1::head::Framing;
 use crate::route::retry::{Reset, RetryPolicy};
+use crate::stats::Cluster as Stat;
 use crate::upstream::{Lane, Picked};
 use crate::worker::Buffers;
 
@@ -22,6 +26,12 @@ pub(super) struct Attempts<'a> {
     pub(super) number: u32,
     /// A retry was due, but there are no more.
     pub(super) exhausted: bool,
+    /// A retry was due, but there were too many in the cluster.
+    pub(super) overflowed: bool,
+    retrying: Option<Retrying>,
+    /// Endpoints that were tried since priorities were left, and those priorities.
+    since: Vec<u32>,
+    tried: Vec<u32>,
     failed: Vec<SocketAddr>,
 }
 
@@ -31,19 +41,37 @@ impl<'a> Attempts<'a> {
             policy,
             number: 1,
             exhausted: false,
+            overflowed: false,
+            retrying: None,
+            since: Vec::new(),
+            tried: Vec::new(),
             failed: Vec::new(),
         }
     }
 
     /// Picks an endpoint, one that has not failed yet if the policy says to look for one.
-    pub(super) fn pick(&self, lane: &Lane, original: SocketAddr) -> Option<Picked> {
-        let mut picked = lane.pick(original)?;
+    pub(super) fn pick(&mut self, lane: &Lane, ask: &Ask<'_>) -> Option<Picked> {
+        let ask = &Ask {
+            tried: &self.tried,
+            ..*ask
+        };
+        let mut picked = lane.pick(ask)?;
         let reselections = self.policy.map_or(0, |p| p.reselections);
-        for _ in 0..reselections {
+        for attempt in 1..=reselections {
             if !self.failed.contains(&picked.endpoint.address) {
                 break;
             }
-            picked = lane.pick(original)?;
+            picked = lane.pick(&Ask { attempt, ..*ask })?;
+        }
+        let after = self.policy.map_or(0, |p| p.priorities_after);
+        if after > 0 {
+            self.since.push(lane.priority(&picked));
+            if self.since.len() >= after as usize {
+                self.tried.append(&mut self.since);
+                if lane.has_tried_all(&self.tried) {
+                    self.tried.clear();
+                }
+            }
         }
         Some(picked)
     }
@@ -93,10 +121,17 @@ impl<'a> Attempts<'a> {
     }
 
     /// Takes another attempt if there is one: the pause before it.
-    pub(super) fn again(&mut self, endpoint: SocketAddr) -> Option<Duration> {
+    pub(super) fn again(&mut self, lane: &Lane, endpoint: SocketAddr) -> Option<Duration> {
         let policy = self.policy?;
+        // What the attempt before took of the cluster's limit is given back first.
+        self.retrying = None;
         if self.number > policy.retries {
             self.exhausted = true;
+            return None;
+        }
+        self.retrying = Retrying::begin(lane);
+        self.overflowed = self.retrying.is_none();
+        if self.overflowed {
             return None;
         }
         if policy.reselections > 0 {
@@ -105,6 +140,27 @@ impl<'a> Attempts<'a> {
         let pause = policy.pause(self.number, fastrand::u64(..));
         self.number += 1;
         Some(pause)
+    }
+}
+
+/// Counts a request as being retried, as long as it is not known whether it is the last time.
+struct Retrying(Arc<AtomicU32>);
+
+impl Retrying {
+    /// `None` where the cluster has as many already as it may have.
+    fn begin(lane: &Lane) -> Option<Self> {
+        let cluster = &lane.cluster;
+        let at_work = || cluster.stats.get(Stat::RqActive) + cluster.stats.get(Stat::RqPendingActive);
+        let most = cluster.limits.retries.most(at_work);
+        let others = cluster.retrying.fetch_add(1, Ordering::Relaxed);
+        // Given back by the drop where it is one too many.
+        Some(Self(Arc::clone(&cluster.retrying))).filter(|_| others < most)
+    }
+}
+
+impl Drop for Retrying {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

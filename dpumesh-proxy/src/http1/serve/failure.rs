@@ -6,6 +6,7 @@ use h2::Reason;
 
 use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
+use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::FlowError;
 use crate::http2;
 use crate::stats::{Cluster as ClusterStat, Http as Stat};
@@ -62,6 +63,15 @@ impl Failure {
                 begun,
             },
             None => Self::Upstream { answered, begun },
+        }
+    }
+
+    /// What outlier detection makes of it.
+    pub(super) fn noted(&self) -> Option<Noted> {
+        match self {
+            Self::Upstream { .. } | Self::Reset { .. } | Self::Protocol { .. } => Some(Noted::Failed),
+            Self::Timeout | Self::TryTimeout => Some(Noted::TimedOut),
+            Self::Client | Self::BadBody | Self::Idle => None,
         }
     }
 

@@ -12,7 +12,9 @@ use super::attempts::{Attempts, can_be_sent_again, takes_rest_of_response};
 use super::failure::{Broken, Failure};
 use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
+use crate::balance::Ask;
 use crate::config::model::HttpManager;
+use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::{Flow, Out};
 use crate::http1::head::Framing;
 use crate::http1::rewrite::{self, Changes, Rewrite};
@@ -25,6 +27,8 @@ use crate::worker::{Buffers, Peer};
 pub(super) struct Forwarding<'a, 'r> {
     pub(super) manager: &'a HttpManager,
     pub(super) lane: &'a Lane,
+    /// Which endpoints come into question.
+    pub(super) ask: Ask<'r>,
     pub(super) forward: &'a Forward,
     pub(super) changes: Changes<'r>,
     pub(super) rewrite: &'r mut Rewrite<'a>,
@@ -47,7 +51,7 @@ impl Session {
         let mut flow: Option<Flow> = None;
         let mut active = None;
         loop {
-            let Some(picked) = attempts.pick(lane, self.peer.local) else {
+            let Some(picked) = attempts.pick(lane, &call.ask) else {
                 stats.inc(shard, ClusterStat::CxNoneHealthy);
                 let reply = Reply::new(503, "UH")
                     .body("no healthy upstream")
@@ -68,17 +72,25 @@ impl Session {
                 Turn::Done(mut outcome) => {
                     outcome.upstream = Some(address);
                     outcome.exhausted = attempts.exhausted;
+                    outcome.overflowed = attempts.overflowed;
                     return outcome;
                 }
                 Turn::Again(pause) => (None, Some(pause)),
                 Turn::Broken(broken) => {
                     let again = attempts.concerns(&broken) && can_be_sent_again(flow.as_ref());
-                    let pause = if again { attempts.again(address) } else { None };
+                    let pause = if again {
+                        attempts.again(lane, address)
+                    } else {
+                        None
+                    };
                     (Some(broken), pause)
                 }
             };
             if attempts.exhausted {
                 stats.inc(shard, ClusterStat::RqRetryLimitExceeded);
+            }
+            if attempts.overflowed {
+                stats.inc(shard, ClusterStat::RqRetryOverflow);
             }
             let failure = match (pause, broken) {
                 (Some(pause), _) => {
@@ -94,6 +106,7 @@ impl Session {
                 let body = RequestBody::behind(flow.as_ref());
                 let mut outcome = self.broken(buffers, lane, broken, address, body).await;
                 outcome.exhausted = attempts.exhausted;
+                outcome.overflowed = attempts.overflowed;
                 return outcome;
             }
             call.rewrite.attempt = attempts.number;
@@ -139,10 +152,16 @@ impl Session {
                 Some(pooled) => pooled,
                 None => match self.connect(call, picked).await {
                     Ok(Ok(connection)) => connection,
-                    Ok(Err(failure)) => return Turn::Broken(Broken::NotConnected(failure)),
+                    Ok(Err(failure)) => {
+                        if !matches!(failure, NoConnection::Overflow) {
+                            lane.note(picked, Noted::Failed);
+                        }
+                        return Turn::Broken(Broken::NotConnected(failure));
+                    }
                     Err(failure) => return Turn::Broken(Broken::Failed(failure)),
                 },
             };
+            lane.note(picked, Noted::Connected);
             if !replayed {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
@@ -157,8 +176,11 @@ impl Session {
             call.try_deadline = attempts.deadline(call.deadline);
             match self.exchange(buffers, call, &mut connection, &mut flow).await {
                 Ok(sent) => {
+                    if lane.cluster.outlier.is_some() {
+                        lane.note(picked, Noted::Status(status_of(buffers)));
+                    }
                     if attempts.concern_response(buffers, &flow)
-                        && let Some(pause) = attempts.again(picked.endpoint.address)
+                        && let Some(pause) = attempts.again(lane, picked.endpoint.address)
                     {
                         if sent && takes_rest_of_response(buffers) {
                             lane.give_back(picked, &self.peer, connection);
@@ -168,6 +190,8 @@ impl Session {
                     }
                     if attempts.exhausted {
                         stats.inc(shard, ClusterStat::RqRetryLimitExceeded);
+                    } else if attempts.overflowed {
+                        stats.inc(shard, ClusterStat::RqRetryOverflow);
                     } else if replayed || attempts.number > 1 {
                         stats.inc(shard, ClusterStat::RqRetrySuccess);
                     }
@@ -184,8 +208,12 @@ impl Session {
                         )
                         && (replayable || flow.untouched());
                     *kept = Some(flow);
+                    let noted = failure.noted();
                     let broken = Broken::Failed(failure);
                     if !dead || attempts.concerns(&broken) {
+                        if let Some(noted) = noted {
+                            lane.note(picked, noted);
+                        }
                         return Turn::Broken(broken);
                     }
                     replayed = true;
@@ -289,6 +317,34 @@ fn time_limit(call: &Forwarding<'_, '_>, attempts: &Attempts<'_>) -> Option<Dura
             .max(Duration::from_millis(1)),
     };
     Some(limit.min(left))
+}
+
+/// The status that a response's head tells: that of gRPC where the request is gRPC and the head has one.
+fn status_of(buffers: &Buffers) -> u16 {
+    let response = &buffers.response;
+    let grpc = || response.fields.get(buffers.response_in.head(), b"grpc-status");
+    match grpc().filter(|_| buffers.is_grpc()) {
+        Some(status) => grpc_as_http(status),
+        None => response.status,
+    }
+}
+
+/// Envoy's HTTP status for a gRPC status.
+fn grpc_as_http(status: &[u8]) -> u16 {
+    match status {
+        b"0" => 200,
+        b"1" => 499,
+        b"3" | b"9" | b"11" => 400,
+        b"4" => 504,
+        b"5" => 404,
+        b"6" | b"10" => 409,
+        b"7" => 403,
+        b"8" => 429,
+        b"12" => 501,
+        b"14" => 503,
+        b"16" => 401,
+        _ => 500,
+    }
 }
 
 /// Whether the request may be sent a second time without harm (RFC 9110, 9.2.2) and without having been kept.

@@ -95,6 +95,7 @@ impl Session {
                 details: Some(&*outcome.details).filter(|d| !d.is_empty()),
                 delayed: outcome.delayed,
                 exhausted: outcome.exhausted,
+                overflowed: outcome.overflowed,
                 server_name: self.peer.connection.server_name.as_deref(),
                 upstream_local: outcome.upstream_local,
                 transport_failure: outcome.transport_failure.as_deref(),

@@ -201,6 +201,8 @@ struct Outcome {
     delayed: bool,
     /// A retry was due, but there was none left (`URX`).
     exhausted: bool,
+    /// A retry was due, but there were too many in the cluster (`UO`).
+    overflowed: bool,
     keep: bool,
     received: u64,
     sent: u64,
@@ -221,6 +223,7 @@ impl Outcome {
             details: Cow::Borrowed(""),
             delayed: false,
             exhausted: false,
+            overflowed: false,
             keep: false,
             received: 0,
             sent: 0,

@@ -10,15 +10,17 @@ use super::filters::{Filtered, Passing};
 use super::forward::Forwarding;
 use super::local::Reply;
 use super::redirect::location;
-use super::view::View;
+use super::view::{View, forwarded_for};
 use super::{Outcome, Session, same_place};
+use crate::balance::{Ask, policy};
 use crate::config::model::{ClusterRef, Codec, HttpManager, Underscores};
 use crate::http1::head::Refusal;
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::http2::PREFACE;
-use crate::route::{Action, Forward, HeaderChanges, Route, Target};
+use crate::route::{Action, AddHeader, AddHow, Forward, HeaderChanges, Route, Target};
 use crate::stats::Http as Stat;
+use crate::upstream::Lane;
 use crate::worker::{Buffers, Program};
 
 /// The route that takes a request.
@@ -255,11 +257,13 @@ impl Session {
             forward,
         } = way;
         let mut of_cluster: Option<&HeaderChanges> = None;
+        let mut subset = forward.subset.as_ref();
         let cluster = match &forward.to {
             Target::Cluster(cluster) => Some(cluster),
             Target::Weighted(split) => {
-                let (cluster, changes) = split.pick(fastrand::u64(..));
+                let (cluster, changes, of_split) = split.pick(fastrand::u64(..));
                 of_cluster = Some(changes);
+                subset = of_split.as_ref().or(subset);
                 Some(cluster)
             }
             Target::Header(name, all) => buffers
@@ -275,12 +279,20 @@ impl Session {
                 rewrite.plan(forward, route, buffers);
                 let of_cluster = rendered.as_deref().or(of_cluster);
                 let levels = [of_cluster, Some(of_route), Some(of_host), Some(of_table)];
+                let mut cookies = Vec::new();
+                let hash = self.hash(buffers, manager, rewrite, (forward, lane), &mut cookies);
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
+                changes.add_to_response(&cookies);
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
                     lane,
+                    ask: Ask {
+                        hash,
+                        subset,
+                        ..Ask::any(self.peer.local)
+                    },
                     forward,
                     changes,
                     rewrite,
@@ -299,5 +311,33 @@ impl Session {
         };
         outcome.cluster = cluster.map(|c| Arc::clone(&c.name));
         outcome
+    }
+
+    /// What consistent hashing goes by, where the cluster asks for it; cookies that are given to the client.
+    fn hash(
+        &self,
+        buffers: &Buffers,
+        manager: &HttpManager,
+        rewrite: &Rewrite<'_>,
+        (forward, lane): (&Forward, &Lane),
+        cookies: &mut Vec<AddHeader>,
+    ) -> Option<u64> {
+        if forward.hash.is_empty() || !lane.cluster.spread.balance.hashes() {
+            return None;
+        }
+        let view = View::new(buffers, rewrite.default_host, manager, &self.peer.connection);
+        let sender = policy::Sender {
+            ip: forwarded_for(buffers).unwrap_or_else(|| self.peer.remote.ip()),
+            remote: self.peer.remote,
+            local: self.peer.local,
+        };
+        policy::of_request(&forward.hash, &view, &sender, |value| {
+            cookies.push(AddHeader {
+                name: b"set-cookie".to_vec(),
+                value,
+                template: None,
+                how: AddHow::Append,
+            });
+        })
     }
 }

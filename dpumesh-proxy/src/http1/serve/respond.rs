@@ -9,6 +9,7 @@ use super::failure::Failure;
 use super::forward::Forwarding;
 use super::{Outcome, Session};
 use crate::alarm::Watch;
+use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::{Flow, FlowError, Out};
 use crate::http1::head::Framing;
 use crate::http1::rewrite;
@@ -102,6 +103,9 @@ impl Session {
             }
             // Half of the response is with the client: nothing more can be said to it.
             Err(failure) => {
+                if let Some(noted @ Noted::Failed) = failure.noted() {
+                    call.lane.note(picked, noted);
+                }
                 outcome.flags = failure.flags();
                 outcome.details = failure.late_details().into();
                 if matches!(failure, Failure::Client) {
