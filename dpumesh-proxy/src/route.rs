@@ -16,6 +16,7 @@ use crate::config::model::{ClusterRef, Weighted};
 pub mod cors;
 pub mod fault;
 pub mod retry;
+pub mod upgrade;
 
 /// A compiled `RouteConfiguration`.
 #[derive(Debug, Default)]
@@ -96,6 +97,8 @@ pub enum PathMatch {
     Segments(Vec<u8>),
     /// The whole path matches.
     Regex(Regex),
+    /// A CONNECT request, which has no path and is taken by no other rule (`connect_matcher`).
+    Connect,
 }
 
 /// A rule on one header.
@@ -188,6 +191,8 @@ pub struct Forward {
     pub host_rewrite: Option<Vec<u8>>,
     /// When the request is sent once more.
     pub retry: Option<Arc<retry::RetryPolicy>>,
+    /// Which tunnels it allows or forbids.
+    pub upgrades: upgrade::Upgrades,
 }
 
 /// What a route replaces of the path.
@@ -410,10 +415,11 @@ impl PathMatch {
         };
         let begins = |prefix: &[u8]| path.len() >= prefix.len() && same(&path[..prefix.len()], prefix);
         match self {
-            Self::Prefix(prefix) => begins(prefix),
+            Self::Prefix(prefix) => begins(prefix) && !path.is_empty(),
             Self::Exact(exact) => same(path, exact),
             Self::Segments(prefix) => begins(prefix) && matches!(path.get(prefix.len()), None | Some(b'/')),
-            Self::Regex(regex) => regex.is_match(path),
+            Self::Regex(regex) => regex.is_match(path) && !path.is_empty(),
+            Self::Connect => path.is_empty(),
         }
     }
 
@@ -421,7 +427,7 @@ impl PathMatch {
     pub fn matched_len(&self, path: &[u8]) -> usize {
         match self {
             Self::Prefix(prefix) | Self::Segments(prefix) => prefix.len(),
-            Self::Exact(_) | Self::Regex(_) => path.len(),
+            Self::Exact(_) | Self::Regex(_) | Self::Connect => path.len(),
         }
     }
 }

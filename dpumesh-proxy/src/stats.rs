@@ -67,6 +67,8 @@ members! {
         CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
+        CxUpgradesTotal = "downstream_cx_upgrades_total" Counter,
+        CxUpgradesActive = "downstream_cx_upgrades_active" Gauge,
         RqTotal = "downstream_rq_total" Counter,
         RqActive = "downstream_rq_active" Gauge,
         RqCompleted = "downstream_rq_completed" Counter,

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::ConfigError;
 use super::schema::At;
-use super::{rbac, route_policy};
+use super::{rbac, route_policy, translate_route};
 use crate::http1::policy::{ClientCert, EscapedSlashes, Forwarding, HttpFilter, HttpPolicy, PathPolicy};
 use crate::stats::{self, Registry};
 
@@ -26,18 +26,12 @@ pub(super) fn policy(at: &At, prefix: &str, registry: &Registry) -> Result<HttpP
     let mut policy = HttpPolicy {
         path: path_policy(at)?,
         client_cert: client_cert(at)?,
+        upgrades: translate_route::upgrades(&at.messages("upgrade_configs"))?,
         ..HttpPolicy::default()
     };
     for field in ["use_remote_address", "strip_any_host_port"] {
         if at.flag(field) == Some(true) {
             return Err(at.refuse(field, "true is not supported yet"));
-        }
-    }
-    for upgrade in at.messages("upgrade_configs") {
-        // A request for it is answered with 403; CONNECT and others would need more than that.
-        let kind = upgrade.text("upgrade_type");
-        if !kind.eq_ignore_ascii_case("websocket") {
-            return Err(upgrade.refuse("upgrade_type", format!("{kind:?} is not supported yet")));
         }
     }
     let filters = at.messages("http_filters");

@@ -168,8 +168,17 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
-        &["upgrade_type"],
+        &["upgrade_type", "enabled"],
     ),
+    (
+        "envoy.config.route.v3.RouteAction.UpgradeConfig",
+        &["upgrade_type", "enabled", "connect_config"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.UpgradeConfig.ConnectConfig",
+        &[],
+    ),
+    ("envoy.config.route.v3.RouteMatch.ConnectMatcher", &[]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
         &["subject", "dns", "uri"],
@@ -409,6 +418,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "headers",
             "query_parameters",
             "grpc",
+            "connect_matcher",
         ],
     ),
     ("envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions", &[]),
@@ -460,6 +470,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "retry_policy",
             "max_stream_duration",
             "max_grpc_timeout",
+            "upgrade_configs",
         ],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),

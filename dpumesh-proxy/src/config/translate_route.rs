@@ -11,6 +11,7 @@ use super::re2;
 use super::route_policy::{self, PerFilter, per_filter};
 use super::schema::At;
 use crate::access_log::Template;
+use crate::route::upgrade::{CONNECT, Upgrade, Upgrades};
 use crate::route::{
     Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, PathRewrite, QueryMatch,
     Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch, VirtualHost,
@@ -138,10 +139,12 @@ fn route_match(at: &At) -> Result<RouteMatch> {
         PathMatch::Segments(prefix.into_bytes())
     } else if let Some(regex) = at.message("safe_regex") {
         PathMatch::Regex(whole(&regex)?)
+    } else if at.has("connect_matcher") {
+        PathMatch::Connect
     } else {
         return Err(at.refuse(
             "",
-            "prefix, path, path_separated_prefix or safe_regex must be given",
+            "prefix, path, path_separated_prefix, safe_regex or connect_matcher must be given",
         ));
     };
     Ok(RouteMatch {
@@ -280,7 +283,35 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
             Some(retry) => route_policy::retry(&retry)?,
             None => None,
         },
+        upgrades: upgrades(&at.messages("upgrade_configs"))?,
     })
+}
+
+/// `upgrade_configs` of a route or of a connection manager.
+pub(super) fn upgrades(configs: &[At]) -> Result<Upgrades> {
+    let mut upgrades = Upgrades::default();
+    for config in configs {
+        let kind = config
+            .required_text("upgrade_type")?
+            .to_ascii_lowercase()
+            .into_bytes();
+        let terminated = config.has("connect_config");
+        if terminated && kind != CONNECT {
+            return Err(config.refuse("connect_config", "is for CONNECT only"));
+        }
+        if kind == b"h2c" {
+            return Err(config.refuse("upgrade_type", "h2c is not supported yet"));
+        }
+        if upgrades.0.iter().any(|u| u.kind == kind) {
+            return Err(config.refuse("upgrade_type", "appears twice"));
+        }
+        upgrades.0.push(Upgrade {
+            kind,
+            enabled: config.flag("enabled").unwrap_or(true),
+            terminated,
+        });
+    }
+    Ok(upgrades)
 }
 
 fn path_rewrite(at: &At) -> Result<Option<PathRewrite>> {

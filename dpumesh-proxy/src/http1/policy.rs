@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::rbac;
 use crate::route::fault::Fault;
+use crate::route::upgrade::Upgrades;
 use crate::stats::Scope;
 
 /// Filters and rewriting of one connection manager. The default does nothing.
@@ -18,6 +19,8 @@ pub struct HttpPolicy {
     /// The protocols offered in the TLS handshake with endpoints, in place of the cluster's
     /// (`envoy.network.application_protocols`).
     pub upstream_protocols: Option<Arc<[Vec<u8>]>>,
+    /// Which tunnels are allowed, where the route does not say.
+    pub upgrades: Upgrades,
     /// `suppress_envoy_headers` of the router.
     pub suppress_envoy_headers: bool,
 }

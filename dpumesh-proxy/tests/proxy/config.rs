@@ -92,7 +92,7 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         ),
         (
             format!("{manager}/upgrade_configs"),
-            json!([{"upgrade_type": "CONNECT"}]),
+            json!([{"upgrade_type": "websocket", "filters": []}, {"upgrade_type": "h2c"}]),
         ),
         (
             format!("{manager}/http2_protocol_options"),

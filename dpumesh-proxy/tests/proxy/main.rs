@@ -14,3 +14,4 @@ mod policy;
 mod reload;
 mod stream;
 mod tcp;
+mod tunnel;

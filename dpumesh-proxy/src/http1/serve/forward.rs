@@ -11,12 +11,14 @@ use tokio::time::{Instant, timeout_at};
 use super::attempts::{Attempts, can_be_sent_again, takes_rest_of_response};
 use super::failure::{Broken, Failure};
 use super::local::{Reply, RequestBody};
+use super::tunnel::opens;
 use super::{Outcome, Session};
 use crate::config::model::HttpManager;
 use crate::http1::body::{Flow, Out};
 use crate::http1::head::Framing;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::Forward;
+use crate::route::upgrade::Tunnel;
 use crate::stats::{Cluster as ClusterStat, Shard};
 use crate::upstream::{Lane, NoConnection, Picked, Pooled};
 use crate::worker::{Buffers, Peer};
@@ -131,7 +133,11 @@ impl Session {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
         let replayable = is_replayable(buffers);
-        let mut pooled = lane.take_idle(picked, &self.peer, !replayable);
+        let tunnel = call.rewrite.tunnel;
+        let mut pooled = match tunnel {
+            None => lane.take_idle(picked, &self.peer, !replayable),
+            Some(_) => None,
+        };
         let mut replayed = false;
         loop {
             let reused = pooled.is_some();
@@ -146,10 +152,15 @@ impl Session {
             if !replayed {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
+            if tunnel == Some(Tunnel::Terminated) {
+                let tunnel = Box::pin(self.terminate(buffers, call, connection));
+                return Turn::Done(tunnel.await);
+            }
             let trailers = self.stream.is_http2() && connection.stream.is_http2();
             let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take(), trailers) {
                 Ok(flow) => flow,
-                Err((flow, failure)) => {
+                Err(broken) => {
+                    let (flow, failure) = *broken;
                     *kept = Some(flow);
                     return Turn::Broken(Broken::Failed(failure));
                 }
@@ -157,6 +168,17 @@ impl Session {
             call.try_deadline = attempts.deadline(call.deadline);
             match self.exchange(buffers, call, &mut connection, &mut flow).await {
                 Ok(sent) => {
+                    match tunnel.map(|tunnel| opens(tunnel, buffers)) {
+                        None | Some(Some(false)) => {}
+                        Some(Some(true)) => {
+                            let tunnel = Box::pin(self.tunnel(buffers, call, connection));
+                            return Turn::Done(tunnel.await);
+                        }
+                        Some(None) => {
+                            let failure = Failure::Protocol { begun: true };
+                            return Turn::Broken(Broken::Failed(failure));
+                        }
+                    }
                     if attempts.concern_response(buffers, &flow)
                         && let Some(pause) = attempts.again(picked.endpoint.address)
                     {
@@ -201,7 +223,16 @@ impl Session {
         call: &Forwarding<'_, '_>,
         picked: &Picked,
     ) -> Result<Result<Pooled, NoConnection>, Failure> {
-        let attempt = call.lane.connect(picked, &self.peer);
+        let attempt = async {
+            match call.rewrite.tunnel {
+                None => call.lane.connect(picked, &self.peer).await,
+                Some(tunnel) => {
+                    // Boxed: it is rare, and its state would be part of every request's.
+                    let made = call.lane.connect_for_tunnel(picked, &self.peer, tunnel);
+                    Box::pin(made).await
+                }
+            }
+        };
         match call.deadline {
             Some(at) => timeout_at(at, attempt).await.map_err(|_| Failure::Timeout),
             None => Ok(attempt.await),
@@ -234,7 +265,7 @@ fn begin(
     attempts: &Attempts<'_>,
     before: Option<Flow>,
     trailers: bool,
-) -> Result<Flow, (Flow, Failure)> {
+) -> Result<Flow, Box<(Flow, Failure)>> {
     // Of a message of which nothing was sent, what stands behind the head stays.
     let behind = match &before {
         Some(flow) if flow.untouched() => buffers.request_out.split_off(call.head_length),
@@ -273,7 +304,7 @@ fn begin(
     attempts.prepare(buffers, &mut flow);
     match flow.prefill(&mut buffers.request_in, &mut buffers.request_out) {
         Ok(()) => Ok(flow),
-        Err(error) => Err((flow, Failure::from_client(error))),
+        Err(error) => Err(Box::new((flow, Failure::from_client(error)))),
     }
 }
 

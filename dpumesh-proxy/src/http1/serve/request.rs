@@ -41,6 +41,9 @@ fn named_cluster(route: &Route) -> Option<Arc<str>> {
 
 /// Brings the path into its one form, where the connection manager is told to.
 fn normalize(buffers: &mut Buffers, manager: &HttpManager) -> Option<Reply<'static>> {
+    if buffers.request.connect {
+        return None;
+    }
     match path::normalized(rewrite::path(buffers), manager.policy.path) {
         Ok(None) => None,
         Ok(fresh) => {
@@ -91,6 +94,9 @@ impl Session {
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
         self.count(&outcome);
+        if rewrite.tunnel.is_some() {
+            manager.stats.dec(self.worker.shard, Stat::CxUpgradesActive);
+        }
         if !manager.access_log.is_empty() {
             self.log_request(buffers, &rewrite, &outcome, (wall, begun));
         }
@@ -134,7 +140,7 @@ impl Session {
             let reply = Reply::new(426, "DPE").body("Upgrade Required");
             return Some(reply.because("low_version"));
         }
-        if request.absolute {
+        if request.absolute && !request.connect {
             manager.stats.inc(self.worker.shard, Stat::RqNonRelativePath);
         }
         if !request.has_host && (request.fields.http11 || manager.default_host_http_10.is_none()) {
@@ -142,13 +148,6 @@ impl Session {
         }
         if request.has_host && request.authority.is_empty() {
             return Some(Reply::new(400, "").because("missing_host_header"));
-        }
-        if request.method.of_head(head) == b"CONNECT" {
-            return Some(Reply::new(404, "NR").because("route_not_found"));
-        }
-        if request.upgrade {
-            manager.stats.inc(self.worker.shard, Stat::RqUpgradeRefused);
-            return Some(Reply::new(403, "").because("upgrade_failed"));
         }
         let has_underscore = || {
             let mut names = request.fields.fields.iter().map(|f| f.name.of_head(head));
@@ -181,6 +180,15 @@ impl Session {
             levels
         });
         rewrite.route_name = found.map(|(_, route)| route.name.as_str());
+        if buffers.request.upgrade || buffers.request.connect {
+            // Whatever is answered, no other request follows: what does follow may be meant for the tunnel.
+            self.closing = true;
+            let route = found.map(|(_, route)| route);
+            match self.tunnel_asked_for(buffers, manager, route) {
+                Ok(tunnel) => rewrite.tunnel = tunnel,
+                Err(reply) => return self.reply(buffers, *reply).await,
+            }
+        }
         let mut filtered = Filtered::default();
         if !manager.policy.filters.is_empty() {
             let passing = Passing {
