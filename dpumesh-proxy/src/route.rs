@@ -191,8 +191,21 @@ pub struct Forward {
     pub host_rewrite: Option<Vec<u8>>,
     /// When the request is sent once more.
     pub retry: Option<Arc<retry::RetryPolicy>>,
+    /// Who gets a copy of the requests.
+    pub mirrors: Vec<Mirror>,
     /// Which tunnels it allows or forbids.
     pub upgrades: upgrade::Upgrades,
+}
+
+/// `RequestMirrorPolicy`.
+#[derive(Debug)]
+pub struct Mirror {
+    /// Where copies go.
+    pub cluster: ClusterRef,
+    /// Of how many requests.
+    pub share: fault::Percentage,
+    /// Copies are for the host `HOST-shadow`.
+    pub renames_host: bool,
 }
 
 /// What a route replaces of the path.

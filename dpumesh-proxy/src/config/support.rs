@@ -471,7 +471,12 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "max_stream_duration",
             "max_grpc_timeout",
             "upgrade_configs",
+            "request_mirror_policies",
         ],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        &["cluster", "runtime_fraction", "disable_shadow_host_suffix_append"],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
     (
@@ -883,6 +888,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "stats_for_all_methods",
         "accepted, counts nothing: no statistics by gRPC method are kept",
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        "trace_sampled",
+        "nothing is traced: a provider is refused",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",

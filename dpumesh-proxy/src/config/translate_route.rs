@@ -6,15 +6,17 @@ use std::sync::Arc;
 use regex::bytes::Regex;
 
 use super::ConfigError;
-use super::model::{Weighted, cluster_ref};
+use super::model::{ClusterRef, Weighted, cluster_ref};
 use super::re2;
 use super::route_policy::{self, PerFilter, per_filter};
 use super::schema::At;
 use crate::access_log::Template;
+use crate::route::fault::Percentage;
 use crate::route::upgrade::{CONNECT, Upgrade, Upgrades};
 use crate::route::{
-    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, PathRewrite, QueryMatch,
-    Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch, VirtualHost,
+    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, Mirror, PathMatch, PathRewrite,
+    QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch,
+    VirtualHost,
 };
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -283,8 +285,27 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
             Some(retry) => route_policy::retry(&retry)?,
             None => None,
         },
+        mirrors: mirrors(at, named)?,
         upgrades: upgrades(&at.messages("upgrade_configs"))?,
     })
+}
+
+fn mirrors(at: &At, named: impl Fn(&At, &str) -> Result<ClusterRef>) -> Result<Vec<Mirror>> {
+    let mirror = |at: &At| {
+        let share = match at.message("runtime_fraction") {
+            Some(fraction) => route_policy::percentage(&fraction, "default_value")?,
+            None => Percentage::ALL,
+        };
+        Ok(Mirror {
+            cluster: named(at, "cluster")?,
+            share,
+            renames_host: at.flag("disable_shadow_host_suffix_append") != Some(true),
+        })
+    };
+    at.messages("request_mirror_policies")
+        .iter()
+        .map(mirror)
+        .collect()
 }
 
 /// `upgrade_configs` of a route or of a connection manager.

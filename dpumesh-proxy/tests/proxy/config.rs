@@ -120,7 +120,7 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         (format!("{route}/route/auto_host_rewrite"), json!(true)),
         (
             format!("{route}/route/request_mirror_policies"),
-            json!([{"cluster": "app"}]),
+            json!([{"cluster_header": "x-mirror"}]),
         ),
         (format!("{route}/route/hash_policy"), json!([{"terminal": true}])),
         (

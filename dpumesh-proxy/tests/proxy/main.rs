@@ -9,6 +9,7 @@ mod http2;
 mod load;
 mod mesh;
 mod mesh_policy;
+mod mirror;
 mod netns;
 mod policy;
 mod reload;

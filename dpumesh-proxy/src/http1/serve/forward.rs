@@ -15,6 +15,7 @@ use super::tunnel::opens;
 use super::{Outcome, Session};
 use crate::config::model::HttpManager;
 use crate::http1::body::{Flow, Out};
+use crate::http1::copy::Writer;
 use crate::http1::head::Framing;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::Forward;
@@ -37,6 +38,8 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) try_deadline: Option<Instant>,
     /// Octets of the head that stands in the buffer for the endpoint.
     pub(super) head_length: usize,
+    /// Who gets a copy of the body.
+    pub(super) copies: Vec<Writer>,
 }
 
 impl Session {
@@ -44,6 +47,9 @@ impl Session {
     pub(super) async fn forward(&mut self, buffers: &mut Buffers, call: &mut Forwarding<'_, '_>) -> Outcome {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
+        if !call.forward.mirrors.is_empty() && call.rewrite.tunnel.is_none() {
+            call.copies = self.begin_mirrors(buffers, call);
+        }
         let mut attempts = Attempts::new(call.forward.retry.as_deref());
         // What has been taken of the request's body so far.
         let mut flow: Option<Flow> = None;
@@ -251,7 +257,7 @@ enum Turn {
 }
 
 /// Whether the cluster takes no further request.
-fn is_full(lane: &Lane) -> bool {
+pub(super) fn is_full(lane: &Lane) -> bool {
     let cluster = &lane.cluster;
     cluster.stats.get(ClusterStat::RqActive) >= u64::from(cluster.limits.max_requests)
 }
@@ -302,6 +308,7 @@ fn begin(
         flow.pass_trailers();
     }
     attempts.prepare(buffers, &mut flow);
+    flow.copy_to(std::mem::take(&mut call.copies));
     match flow.prefill(&mut buffers.request_in, &mut buffers.request_out) {
         Ok(()) => Ok(flow),
         Err(error) => Err(Box::new((flow, Failure::from_client(error)))),
@@ -333,10 +340,10 @@ fn is_replayable(buffers: &Buffers) -> bool {
 }
 
 /// Counts a request as active in its cluster.
-struct Active<'a>(&'a Lane, Shard);
+pub(super) struct Active<'a>(&'a Lane, Shard);
 
 impl<'a> Active<'a> {
-    fn new(lane: &'a Lane, shard: Shard) -> Self {
+    pub(super) fn new(lane: &'a Lane, shard: Shard) -> Self {
         lane.cluster.stats.inc(shard, ClusterStat::RqActive);
         Self(lane, shard)
     }

@@ -296,6 +296,7 @@ impl Session {
                     deadline,
                     try_deadline: None,
                     head_length: 0,
+                    copies: Vec::new(),
                 };
                 self.forward(buffers, &mut forwarding).await
             }
