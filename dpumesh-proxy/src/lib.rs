@@ -20,6 +20,7 @@ pub mod http1;
 pub mod http2;
 pub mod listener;
 pub mod program;
+pub mod ratelimit;
 pub mod rbac;
 pub mod route;
 pub mod stats;

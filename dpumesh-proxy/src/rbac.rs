@@ -1,7 +1,7 @@
 //! Who may do what: the rules of `envoy.filters.http.rbac` and `envoy.filters.network.rbac`, compiled.
 //!
 //! ```text
-//! Filter ─► Policies (ALLOW or DENY) ─► Policy ─► permissions (what is asked for) and principals (who asks)
+//! Filter ─► Policies (ALLOW, DENY or LOG) ─► Policy ─► permissions (what is asked for) and principals (who asks)
 //! ```
 //! A policy holds when one of its permissions and one of its principals hold. Of DENY policies none may hold, of ALLOW
 //! policies one must; they are tried in the order of their names. Nothing here allocates, and nothing is taken from a
@@ -78,6 +78,8 @@ pub enum Action {
     Allow,
     /// What a policy names does not pass.
     Deny,
+    /// Everything passes (Istio's AUDIT).
+    Log,
 }
 
 /// A policy.
@@ -157,9 +159,12 @@ impl Policies {
     /// # Errors
     /// The details of the refusal.
     pub fn decide(&self, connection: &Connection<'_>, request: &impl RequestView) -> Result<(), &str> {
+        if self.action == Action::Log {
+            return Ok(());
+        }
         let held = self.policies.iter().find(|p| p.holds(connection, request));
         match (self.action, held) {
-            (Action::Allow, Some(_)) | (Action::Deny, None) => Ok(()),
+            (Action::Log, _) | (Action::Allow, Some(_)) | (Action::Deny, None) => Ok(()),
             (Action::Allow, None) => Err(DENIED_BY_NONE),
             (Action::Deny, Some(policy)) => Err(&policy.details),
         }
@@ -357,6 +362,8 @@ mod tests {
             principals: vec![],
             ..policy("a", Rule::Any)
         };
+        assert_eq!(decide(Action::Log, vec![policy("a", Rule::Any)]), Ok(()));
+        assert_eq!(decide(Action::Log, vec![policy("a", never())]), Ok(()));
         assert_eq!(
             decide(Action::Allow, vec![nobody]),
             Err(DENIED_BY_NONE.to_owned())

@@ -12,6 +12,7 @@ use regex::bytes::Regex;
 
 use crate::access_log::{Record, Template};
 use crate::config::model::{ClusterRef, Weighted};
+use crate::ratelimit::LocalRate;
 
 pub mod cors;
 pub mod fault;
@@ -67,6 +68,8 @@ pub struct Route {
     pub headers: HeaderChanges,
     /// Replaces the fault filter's own configuration.
     pub fault: Option<Arc<fault::Fault>>,
+    /// Replaces the rate limit filter's own configuration.
+    pub local_rate: Option<Arc<LocalRate>>,
     /// What the CORS filter does.
     pub cors: Option<Arc<cors::Cors>>,
 }
@@ -584,6 +587,7 @@ mod tests {
             action,
             headers: HeaderChanges::default(),
             fault: None,
+            local_rate: None,
             cors: None,
         };
         VirtualHost {

@@ -122,6 +122,23 @@ members! {
 }
 
 members! {
+    /// `PREFIX.http_local_rate_limit.*`: one rate limit of requests.
+    LocalRate {
+        Enabled = "enabled" Counter,
+        Enforced = "enforced" Counter,
+        RateLimited = "rate_limited" Counter,
+        Ok = "ok" Counter,
+    }
+}
+
+members! {
+    /// `local_rate_limit.PREFIX.*`: one rate limit of connections.
+    ConnectionRate {
+        RateLimited = "rate_limited" Counter,
+    }
+}
+
+members! {
     /// `http.PREFIX.fault.*`: faults injected by one connection manager.
     Fault {
         DelaysInjected = "delays_injected" Counter,
@@ -505,6 +522,16 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
             }
         }
         return class("envoy_http", label("envoy_http_conn_manager_prefix", rest));
+    }
+    if let Some(prefix) = scope.strip_suffix(".http_local_rate_limit") {
+        let labels = label("envoy_local_http_ratelimit_prefix", prefix);
+        return class("envoy_http_local_rate_limit", labels);
+    }
+    if let Some(prefix) = scope.strip_prefix("local_rate_limit.") {
+        return class(
+            "envoy_local_rate_limit",
+            label("envoy_local_ratelimit_prefix", prefix),
+        );
     }
     if let Some(name) = scope.strip_prefix("listener.") {
         return class("envoy_listener", label("envoy_listener_address", name));

@@ -2,8 +2,9 @@
 //!
 //! | filter | here |
 //! |---|---|
-//! | `rbac` | [`super::rbac`]; LOG, metadata and filter state are refused |
+//! | `rbac` | [`super::rbac`]; metadata and filter state are refused |
 //! | `fault`, `cors` | [`super::route_policy`]; what the route says goes before what the filter says |
+//! | `local_ratelimit` | [`super::ratelimit`]; what the route says replaces what the filter says |
 //! | `set_filter_state` | only `envoy.network.application_protocols`: what is offered to endpoints in TLS |
 //! | `grpc_stats` | accepted, counts nothing |
 //! | `router` | last |
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use super::ConfigError;
 use super::schema::At;
-use super::{rbac, route_policy, translate_route};
+use super::{ratelimit, rbac, route_policy, translate_route};
 use crate::http1::policy::{ClientCert, EscapedSlashes, Forwarding, HttpFilter, HttpPolicy, PathPolicy};
 use crate::stats::{self, Registry};
 
@@ -82,6 +83,11 @@ fn add(policy: &mut HttpPolicy, filter: &At, prefix: &str, registry: &Registry) 
             expect("envoy.filters.http.cors")?;
             let scope = registry.scope(&format!("http.{prefix}.cors"), stats::Cors::TABLE);
             policy.filters.push(HttpFilter::Cors(scope));
+        }
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit" => {
+            expect("envoy.filters.http.local_ratelimit")?;
+            let rate = ratelimit::http(&config, registry)?;
+            policy.filters.push(HttpFilter::LocalRate(rate));
         }
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig" => {}
         "envoy.extensions.filters.http.set_filter_state.v3.Config" => {

@@ -12,6 +12,7 @@ pub mod files;
 mod http_filters;
 mod made;
 pub mod model;
+mod ratelimit;
 mod rbac;
 mod re2;
 mod resource;

@@ -1,7 +1,7 @@
 //! `envoy.config.rbac.v3.RBAC` into [`crate::rbac`]'s rules.
 //!
 //! What cannot be decided here refuses the filter by name, never the traffic silently or not at all: metadata and
-//! filter state (which the JWT filter would set), the LOG action (AUDIT), conditions in CEL, matcher trees.
+//! filter state (which the JWT filter would set), conditions in CEL, matcher trees.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -77,6 +77,8 @@ fn policies(at: &At) -> Result<Policies> {
     let action = match at.choice("action").as_str() {
         "ALLOW" => Action::Allow,
         "DENY" => Action::Deny,
+        // Envoy notes in metadata that a policy held; nothing here reads that, the counters are all there is.
+        "LOG" => Action::Log,
         other => return Err(at.refuse("action", format!("{other} is not supported yet"))),
     };
     let mut policies = named(at, "policies");

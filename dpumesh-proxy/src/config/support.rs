@@ -206,6 +206,27 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "enforcement_type",
         ],
     ),
+    (
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        &[
+            "stat_prefix",
+            "status",
+            "token_bucket",
+            "filter_enabled",
+            "filter_enforced",
+            "response_headers_to_add",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit",
+        &["stat_prefix", "token_bucket", "runtime_enabled"],
+    ),
+    (
+        "envoy.type.v3.TokenBucket",
+        &["max_tokens", "tokens_per_fill", "fill_interval"],
+    ),
+    ("envoy.type.v3.HttpStatus", &["code"]),
+    ("envoy.config.core.v3.RuntimeFeatureFlag", &["default_value"]),
     ("envoy.config.rbac.v3.RBAC", &["action", "policies"]),
     ("envoy.config.rbac.v3.Policy", &["permissions", "principals"]),
     (
@@ -893,6 +914,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
         "trace_sampled",
         "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeFeatureFlag",
+        "runtime_key",
+        "there is no runtime to override the default",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",

@@ -18,12 +18,13 @@ use crate::route::{
     QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch,
     VirtualHost,
 };
+use crate::stats::Registry;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 type Clusters = HashMap<String, usize>;
 
 /// Compiles a route configuration. `validate` is what `validate_clusters` means when it is unset.
-pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<RouteTable> {
+pub(super) fn table(at: &At, clusters: &Clusters, registry: &Registry, validate: bool) -> Result<RouteTable> {
     let validate = at.flag("validate_clusters").unwrap_or(validate);
     let limit = at.number_or("max_direct_response_body_size_bytes", 4096) as usize;
     let mut table = RouteTable {
@@ -32,16 +33,17 @@ pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<Rout
         headers: header_changes(at)?,
         ..RouteTable::default()
     };
-    let of_all = per_filter(at, &PerFilter::default())?;
+    let of_all = per_filter(at, &PerFilter::default(), registry)?;
     for host in at.messages("virtual_hosts") {
         let index = table.hosts.len();
         domains(&mut table, &host, index)?;
-        let of_host = per_filter(&host, &of_all)?;
+        let of_host = per_filter(&host, &of_all, registry)?;
         let retry = host.message("retry_policy");
         let retry = retry.map(|r| route_policy::retry(&r)).transpose()?.flatten();
         let routes = host.messages("routes");
         let routes = routes.iter().map(|at| {
-            let mut route = route(at, clusters, validate, limit, &of_host)?;
+            let of_route = per_filter(at, &of_host, registry)?;
+            let mut route = route(at, clusters, validate, limit, of_route)?;
             if let Action::Forward(forward) = &mut route.action {
                 let has_own = at.message("route").is_some_and(|r| r.has("retry_policy"));
                 forward.retry = forward
@@ -101,7 +103,7 @@ fn put(list: &mut Vec<(Vec<u8>, usize)>, part: &[u8], index: usize) -> bool {
     fresh
 }
 
-fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &PerFilter) -> Result<Route> {
+fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, filters: PerFilter) -> Result<Route> {
     let Some(matcher) = at.message("match") else {
         return Err(at.refuse("match", "must be given"));
     };
@@ -114,7 +116,6 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &P
     } else {
         return Err(at.refuse("route", "route, redirect or direct_response must be given"));
     };
-    let filters = per_filter(at, of_host)?;
     Ok(Route {
         name: at.text("name"),
         matcher: route_match(&matcher)?,
@@ -122,6 +123,7 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &P
         headers: header_changes(at)?,
         fault: filters.fault,
         cors: filters.cors,
+        local_rate: filters.local_rate,
     })
 }
 
@@ -462,7 +464,7 @@ fn header_changes(at: &At) -> Result<HeaderChanges> {
     })
 }
 
-fn add_header(at: &At) -> Result<AddHeader> {
+pub(super) fn add_header(at: &At) -> Result<AddHeader> {
     let Some(header) = at.message("header") else {
         return Err(at.refuse("header", "must be given"));
     };

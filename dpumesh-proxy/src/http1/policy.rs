@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::ratelimit::LocalRate;
 use crate::rbac;
 use crate::route::fault::Fault;
 use crate::route::upgrade::Upgrades;
@@ -32,6 +33,8 @@ pub enum HttpFilter {
     Rbac(rbac::Filter),
     /// `envoy.filters.http.fault`: for requests whose route says nothing, this; and `http.PREFIX.fault.*`.
     Fault(Option<Arc<Fault>>, Arc<Scope>),
+    /// `envoy.filters.http.local_ratelimit`: for requests whose route says nothing, this.
+    LocalRate(Arc<LocalRate>),
     /// `envoy.filters.http.cors`: what the route says; and `http.PREFIX.cors.*`.
     Cors(Arc<Scope>),
 }

@@ -235,7 +235,6 @@ fn what_access_rules_cannot_decide_is_refused_by_name() {
     let metadata = json!({"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "payload"}], "value": {"present_match": true}});
     let everything = || json!({"any": true});
     for (rules, path, reason) in [
-        (json!({"action": "LOG"}), ".action", "LOG is not supported yet"),
         (
             policy(everything(), json!({"metadata": metadata})),
             ".policies[p].principals[0].metadata",

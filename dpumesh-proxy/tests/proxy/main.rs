@@ -12,6 +12,7 @@ mod mesh_policy;
 mod mirror;
 mod netns;
 mod policy;
+mod ratelimit;
 mod reload;
 mod stream;
 mod tcp;

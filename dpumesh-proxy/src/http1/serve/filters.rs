@@ -1,4 +1,4 @@
-//! The HTTP filters between routing and the route's action: access rules, faults, CORS, in the configured order.
+//! The HTTP filters between routing and the route's action: access rules, rate limits, faults, CORS, in the configured order.
 
 use std::borrow::Cow;
 use std::future::poll_fn;
@@ -14,6 +14,7 @@ use super::{Outcome, Session};
 use crate::config::model::HttpManager;
 use crate::http1::policy::HttpFilter;
 use crate::http1::rewrite::Rewrite;
+use crate::ratelimit::{LIMITED, LocalRate};
 use crate::rbac::{self, DENIED_BODY};
 use crate::route::cors::Cors;
 use crate::route::fault::Fault;
@@ -49,6 +50,10 @@ impl Session {
         for filter in &passing.manager.policy.filters {
             match filter {
                 HttpFilter::Rbac(filter) => self.check_access(buffers, passing, filter).await?,
+                HttpFilter::LocalRate(own) => {
+                    let of_route = passing.route.and_then(|r| r.local_rate.as_deref());
+                    self.limit(buffers, passing, of_route.unwrap_or(own)).await?;
+                }
                 HttpFilter::Fault(own, stats) => {
                     let of_route = passing.route.and_then(|r| r.fault.as_deref());
                     if let Some(fault) = of_route.or(own.as_deref()) {
@@ -85,6 +90,24 @@ impl Session {
         let mut outcome = self.reply(buffers, reply).await;
         outcome.details = Cow::Owned(details.to_owned());
         Err(outcome)
+    }
+
+    async fn limit(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+        rate: &LocalRate,
+    ) -> Result<(), Outcome> {
+        let now = std::time::Instant::now();
+        if rate.admits(now, || fastrand::u64(..), self.worker.shard) {
+            return Ok(());
+        }
+        let reply = Reply::new(rate.status, "RL")
+            .body(LIMITED)
+            .because(LIMITED)
+            .changed_by(passing.levels)
+            .adding(&rate.response);
+        Err(self.reply(buffers, reply).await)
     }
 
     fn view<'b>(&self, buffers: &'b Buffers, passing: &'b Passing<'_, '_>) -> View<'b> {
