@@ -18,6 +18,7 @@ pub mod dataplane;
 pub mod entry;
 pub mod http1;
 pub mod http2;
+pub mod jwt;
 pub mod listener;
 pub mod program;
 pub mod ratelimit;

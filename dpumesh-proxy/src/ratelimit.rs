@@ -158,7 +158,7 @@ mod tests {
         ) {
             let start = Instant::now();
             let bucket = Bucket::new(most, per_fill, Duration::from_millis(60), start).unwrap();
-            // In sixtieths of a token's sixtieth: exact for every rate here.
+            // In nanoseconds; 60 ms divide by every rate here.
             let (token, full) = (60_000_000 / u64::from(per_fill), u64::from(most));
             let (mut now, mut level) = (0u64, full * token);
             for (pause, asked) in steps {

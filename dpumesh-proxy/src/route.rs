@@ -406,6 +406,13 @@ fn without_port(host: &[u8]) -> &[u8] {
 }
 
 impl RouteMatch {
+    /// Whether it takes a request.
+    pub fn takes(&self, request: &impl RequestView) -> bool {
+        let path = request.path();
+        let bare = path.split(|b| *b == b'?').next().unwrap_or(path);
+        self.holds(bare, path, request)
+    }
+
     fn holds(&self, bare: &[u8], path: &[u8], request: &impl RequestView) -> bool {
         self.path.holds(bare, self.case_sensitive)
             && self.headers.iter().all(|h| h.holds(request))

@@ -122,6 +122,15 @@ members! {
 }
 
 members! {
+    /// `http.PREFIX.jwt_authn.*`: the tokens of one connection manager's requests.
+    Jwt {
+        Allowed = "allowed" Counter,
+        Denied = "denied" Counter,
+        CorsPreflightBypassed = "cors_preflight_bypassed" Counter,
+    }
+}
+
+members! {
     /// `PREFIX.http_local_rate_limit.*`: one rate limit of requests.
     LocalRate {
         Enabled = "enabled" Counter,
@@ -515,7 +524,7 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
             .join(",");
             return class("envoy_http_rds", labels);
         }
-        for filter in ["rbac", "fault", "cors"] {
+        for filter in ["rbac", "fault", "cors", "jwt_authn"] {
             if let Some(prefix) = rest.strip_suffix(filter).and_then(|p| p.strip_suffix('.')) {
                 let labels = label("envoy_http_conn_manager_prefix", prefix);
                 return class(&format!("envoy_http_{filter}"), labels);

@@ -2,8 +2,9 @@
 //!
 //! | filter | here |
 //! |---|---|
-//! | `rbac` | [`super::rbac`]; metadata and filter state are refused |
+//! | `rbac` | [`super::rbac`]; metadata but claims, and filter state are refused |
 //! | `fault`, `cors` | [`super::route_policy`]; what the route says goes before what the filter says |
+//! | `jwt_authn` | [`super::jwt`]; keys come with the configuration |
 //! | `local_ratelimit` | [`super::ratelimit`]; what the route says replaces what the filter says |
 //! | `set_filter_state` | only `envoy.network.application_protocols`: what is offered to endpoints in TLS |
 //! | `grpc_stats` | accepted, counts nothing |
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use super::ConfigError;
 use super::schema::At;
-use super::{ratelimit, rbac, route_policy, translate_route};
+use super::{jwt, ratelimit, rbac, route_policy, translate_route};
 use crate::http1::policy::{ClientCert, EscapedSlashes, Forwarding, HttpFilter, HttpPolicy, PathPolicy};
 use crate::stats::{self, Registry};
 
@@ -83,6 +84,12 @@ fn add(policy: &mut HttpPolicy, filter: &At, prefix: &str, registry: &Registry) 
             expect("envoy.filters.http.cors")?;
             let scope = registry.scope(&format!("http.{prefix}.cors"), stats::Cors::TABLE);
             policy.filters.push(HttpFilter::Cors(scope));
+        }
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication" => {
+            // Access rules know claims by this name.
+            expect("envoy.filters.http.jwt_authn")?;
+            let filter = jwt::filter(&config, prefix, registry)?;
+            policy.filters.push(HttpFilter::Jwt(Box::new(filter)));
         }
         "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit" => {
             expect("envoy.filters.http.local_ratelimit")?;

@@ -207,6 +207,79 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        &["providers", "rules", "bypass_cors_preflight"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider",
+        &[
+            "issuer",
+            "audiences",
+            "local_jwks",
+            "clock_skew_seconds",
+            "from_headers",
+            "from_params",
+            "from_cookies",
+            "forward",
+            "forward_payload_header",
+            "pad_forward_payload_header",
+            "payload_in_metadata",
+            "normalize_payload_in_metadata",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider.NormalizePayload",
+        &["space_delimited_claims"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtHeader",
+        &["name", "value_prefix"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.RequirementRule",
+        &["match", "requires"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirement",
+        &[
+            "provider_name",
+            "provider_and_audiences",
+            "requires_any",
+            "requires_all",
+            "allow_missing",
+            "allow_missing_or_failed",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.ProviderWithAudiences",
+        &["provider_name", "audiences"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirementOrList",
+        &["requirements"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirementAndList",
+        &["requirements"],
+    ),
+    (
+        "envoy.type.matcher.v3.MetadataMatcher",
+        &["filter", "path", "value", "invert"],
+    ),
+    ("envoy.type.matcher.v3.MetadataMatcher.PathSegment", &["key"]),
+    (
+        "envoy.type.matcher.v3.ValueMatcher",
+        &[
+            "string_match",
+            "bool_match",
+            "present_match",
+            "list_match",
+            "or_match",
+        ],
+    ),
+    ("envoy.type.matcher.v3.ListMatcher", &["one_of"]),
+    ("envoy.type.matcher.v3.OrMatcher", &["value_matchers"]),
+    (
         "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         &[
             "stat_prefix",
@@ -243,6 +316,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "destination_port",
             "destination_port_range",
             "requested_server_name",
+            "metadata",
         ],
     ),
     ("envoy.config.rbac.v3.Permission.Set", &["rules"]),
@@ -259,6 +333,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "remote_ip",
             "header",
             "url_path",
+            "metadata",
         ],
     ),
     ("envoy.config.rbac.v3.Principal.Set", &["ids"]),

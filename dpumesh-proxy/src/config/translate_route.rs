@@ -127,7 +127,7 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, filters: Pe
     })
 }
 
-fn route_match(at: &At) -> Result<RouteMatch> {
+pub(super) fn route_match(at: &At) -> Result<RouteMatch> {
     let path = if at.has("prefix") {
         PathMatch::Prefix(at.text("prefix").into_bytes())
     } else if at.has("path") {

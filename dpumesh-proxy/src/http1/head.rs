@@ -216,6 +216,11 @@ impl Fields {
         !self.close && (self.http11 || self.keep_alive)
     }
 
+    /// Takes all lines of a name (lower case) out: nothing sees them any more.
+    pub fn remove(&mut self, head: &[u8], name: &[u8]) {
+        self.fields.retain(|f| f.name.of_head(head) != name);
+    }
+
     fn clear(&mut self) {
         self.fields.clear();
         self.framing = Framing::None;

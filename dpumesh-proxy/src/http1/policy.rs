@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::jwt;
 use crate::ratelimit::LocalRate;
 use crate::rbac;
 use crate::route::fault::Fault;
@@ -33,6 +34,8 @@ pub enum HttpFilter {
     Rbac(rbac::Filter),
     /// `envoy.filters.http.fault`: for requests whose route says nothing, this; and `http.PREFIX.fault.*`.
     Fault(Option<Arc<Fault>>, Arc<Scope>),
+    /// `envoy.filters.http.jwt_authn`
+    Jwt(Box<jwt::Filter>),
     /// `envoy.filters.http.local_ratelimit`: for requests whose route says nothing, this.
     LocalRate(Arc<LocalRate>),
     /// `envoy.filters.http.cors`: what the route says; and `http.PREFIX.cors.*`.

@@ -11,6 +11,7 @@
 //! else.
 
 mod attempts;
+mod authenticate;
 mod exchange;
 mod failure;
 mod filters;

@@ -285,6 +285,7 @@ impl Session {
                 let levels = [of_cluster, Some(of_route), Some(of_host), Some(of_table)];
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
+                changes.add_to_request_first(&filtered.request);
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
