@@ -1,7 +1,7 @@
 //! Who may do what: the rules of `envoy.filters.http.rbac` and `envoy.filters.network.rbac`, compiled.
 //!
 //! ```text
-//! Filter ─► Policies (ALLOW or DENY) ─► Policy ─► permissions (what is asked for) and principals (who asks)
+//! Filter ─► Policies (ALLOW, DENY or LOG) ─► Policy ─► permissions (what is asked for) and principals (who asks)
 //! ```
 //! A policy holds when one of its permissions and one of its principals hold. Of DENY policies none may hold, of ALLOW
 //! policies one must; they are tried in the order of their names. Nothing here allocates, and nothing is taken from a
@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use regex::bytes::Regex;
+use serde_json::Value;
 
+use crate::jwt::Claims;
 use crate::route::{HeaderMatch, RequestView, Text};
 use crate::stats::{Rbac as Stat, Scope, Shard};
 use crate::tls::PeerIdentity;
@@ -38,6 +40,8 @@ pub struct Connection<'a> {
     pub destination: SocketAddr,
     /// The name asked for in the TLS handshake; empty without one.
     pub server_name: &'a [u8],
+    /// The claims of the request's tokens, once they are verified.
+    pub claims: Option<&'a Claims>,
 }
 
 /// One filter: rules in force, and rules that are only counted.
@@ -78,6 +82,8 @@ pub enum Action {
     Allow,
     /// What a policy names does not pass.
     Deny,
+    /// Everything passes (Istio's AUDIT).
+    Log,
 }
 
 /// A policy.
@@ -120,6 +126,37 @@ pub enum Rule {
     DirectRemoteIp(IpNet),
     /// Where the request says it comes from.
     RemoteIp(IpNet),
+    /// A claim of a verified token: its path, and the rule.
+    Claim(Vec<String>, ClaimMatch),
+}
+
+/// A rule on a claim. One that is not there fulfils none.
+#[derive(Debug)]
+pub enum ClaimMatch {
+    /// It is text, and this holds.
+    Text(Text),
+    /// It is this.
+    Bool(bool),
+    /// It is there (`false`: never holds, as in Envoy).
+    Present(bool),
+    /// It is a list, and this holds for one of its items.
+    OneOf(Box<Self>),
+    /// One of these holds.
+    Any(Vec<Self>),
+}
+
+impl ClaimMatch {
+    fn holds(&self, value: &Value) -> bool {
+        match self {
+            Self::Text(text) => value.as_str().is_some_and(|value| text.holds(value.as_bytes())),
+            Self::Bool(wanted) => value.as_bool() == Some(*wanted),
+            Self::Present(wanted) => *wanted,
+            Self::OneOf(rule) => value
+                .as_array()
+                .is_some_and(|items| items.iter().any(|i| rule.holds(i))),
+            Self::Any(rules) => rules.iter().any(|rule| rule.holds(value)),
+        }
+    }
 }
 
 impl Filter {
@@ -157,9 +194,12 @@ impl Policies {
     /// # Errors
     /// The details of the refusal.
     pub fn decide(&self, connection: &Connection<'_>, request: &impl RequestView) -> Result<(), &str> {
+        if self.action == Action::Log {
+            return Ok(());
+        }
         let held = self.policies.iter().find(|p| p.holds(connection, request));
         match (self.action, held) {
-            (Action::Allow, Some(_)) | (Action::Deny, None) => Ok(()),
+            (Action::Log, _) | (Action::Allow, Some(_)) | (Action::Deny, None) => Ok(()),
             (Action::Allow, None) => Err(DENIED_BY_NONE),
             (Action::Deny, Some(policy)) => Err(&policy.details),
         }
@@ -193,6 +233,10 @@ impl Rule {
                 .is_some_and(|peer| name.as_ref().is_none_or(|name| is_named(peer, name))),
             Self::DirectRemoteIp(net) => inside(net, connection.direct_remote.ip()),
             Self::RemoteIp(net) => inside(net, connection.remote),
+            Self::Claim(path, rule) => {
+                let claim = connection.claims.and_then(|claims| claims.get(path));
+                claim.is_some_and(|claim| rule.holds(claim))
+            }
         }
     }
 }
@@ -227,6 +271,7 @@ impl<'a> Connection<'a> {
             remote: peer.remote.ip(),
             destination: peer.local,
             server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
+            claims: None,
         }
     }
 }
@@ -271,6 +316,7 @@ mod tests {
             remote: "192.0.2.1".parse().unwrap(),
             destination: "10.0.0.2:8080".parse().unwrap(),
             server_name: b"sni.example",
+            claims: None,
         }
     }
 
@@ -357,6 +403,8 @@ mod tests {
             principals: vec![],
             ..policy("a", Rule::Any)
         };
+        assert_eq!(decide(Action::Log, vec![policy("a", Rule::Any)]), Ok(()));
+        assert_eq!(decide(Action::Log, vec![policy("a", never())]), Ok(()));
         assert_eq!(
             decide(Action::Allow, vec![nobody]),
             Err(DENIED_BY_NONE.to_owned())

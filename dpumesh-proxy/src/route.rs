@@ -14,10 +14,12 @@ use crate::access_log::{Record, Template};
 use crate::balance::policy::HashPolicy;
 use crate::balance::subset::Criteria;
 use crate::config::model::{ClusterRef, Weighted};
+use crate::ratelimit::LocalRate;
 
 pub mod cors;
 pub mod fault;
 pub mod retry;
+pub mod upgrade;
 
 /// A compiled `RouteConfiguration`.
 #[derive(Debug, Default)]
@@ -68,6 +70,8 @@ pub struct Route {
     pub headers: HeaderChanges,
     /// Replaces the fault filter's own configuration.
     pub fault: Option<Arc<fault::Fault>>,
+    /// Replaces the rate limit filter's own configuration.
+    pub local_rate: Option<Arc<LocalRate>>,
     /// What the CORS filter does.
     pub cors: Option<Arc<cors::Cors>>,
 }
@@ -98,6 +102,8 @@ pub enum PathMatch {
     Segments(Vec<u8>),
     /// The whole path matches.
     Regex(Regex),
+    /// A CONNECT request, which has no path and is taken by no other rule (`connect_matcher`).
+    Connect,
 }
 
 /// A rule on one header.
@@ -194,6 +200,21 @@ pub struct Forward {
     pub hash: Vec<HashPolicy>,
     /// Which of the cluster's endpoints come into question.
     pub subset: Option<Criteria>,
+    /// Who gets a copy of the requests.
+    pub mirrors: Vec<Mirror>,
+    /// Which tunnels it allows or forbids.
+    pub upgrades: upgrade::Upgrades,
+}
+
+/// `RequestMirrorPolicy`.
+#[derive(Debug)]
+pub struct Mirror {
+    /// Where copies go.
+    pub cluster: ClusterRef,
+    /// Of how many requests.
+    pub share: fault::Percentage,
+    /// Copies are for the host `HOST-shadow`.
+    pub renames_host: bool,
 }
 
 /// What a route replaces of the path.
@@ -391,6 +412,13 @@ fn without_port(host: &[u8]) -> &[u8] {
 }
 
 impl RouteMatch {
+    /// Whether it takes a request.
+    pub fn takes(&self, request: &impl RequestView) -> bool {
+        let path = request.path();
+        let bare = path.split(|b| *b == b'?').next().unwrap_or(path);
+        self.holds(bare, path, request)
+    }
+
     fn holds(&self, bare: &[u8], path: &[u8], request: &impl RequestView) -> bool {
         self.path.holds(bare, self.case_sensitive)
             && self.headers.iter().all(|h| h.holds(request))
@@ -416,10 +444,11 @@ impl PathMatch {
         };
         let begins = |prefix: &[u8]| path.len() >= prefix.len() && same(&path[..prefix.len()], prefix);
         match self {
-            Self::Prefix(prefix) => begins(prefix),
+            Self::Prefix(prefix) => begins(prefix) && !path.is_empty(),
             Self::Exact(exact) => same(path, exact),
             Self::Segments(prefix) => begins(prefix) && matches!(path.get(prefix.len()), None | Some(b'/')),
-            Self::Regex(regex) => regex.is_match(path),
+            Self::Regex(regex) => regex.is_match(path) && !path.is_empty(),
+            Self::Connect => path.is_empty(),
         }
     }
 
@@ -427,7 +456,7 @@ impl PathMatch {
     pub fn matched_len(&self, path: &[u8]) -> usize {
         match self {
             Self::Prefix(prefix) | Self::Segments(prefix) => prefix.len(),
-            Self::Exact(_) | Self::Regex(_) => path.len(),
+            Self::Exact(_) | Self::Regex(_) | Self::Connect => path.len(),
         }
     }
 }
@@ -571,6 +600,7 @@ mod tests {
             action,
             headers: HeaderChanges::default(),
             fault: None,
+            local_rate: None,
             cors: None,
         };
         VirtualHost {

@@ -67,6 +67,8 @@ members! {
         CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
+        CxUpgradesTotal = "downstream_cx_upgrades_total" Counter,
+        CxUpgradesActive = "downstream_cx_upgrades_active" Gauge,
         RqTotal = "downstream_rq_total" Counter,
         RqActive = "downstream_rq_active" Gauge,
         RqCompleted = "downstream_rq_completed" Counter,
@@ -116,6 +118,32 @@ members! {
     RbacShadow {
         Allowed = "shadow_allowed" Counter,
         Denied = "shadow_denied" Counter,
+    }
+}
+
+members! {
+    /// `http.PREFIX.jwt_authn.*`: the tokens of one connection manager's requests.
+    Jwt {
+        Allowed = "allowed" Counter,
+        Denied = "denied" Counter,
+        CorsPreflightBypassed = "cors_preflight_bypassed" Counter,
+    }
+}
+
+members! {
+    /// `PREFIX.http_local_rate_limit.*`: one rate limit of requests.
+    LocalRate {
+        Enabled = "enabled" Counter,
+        Enforced = "enforced" Counter,
+        RateLimited = "rate_limited" Counter,
+        Ok = "ok" Counter,
+    }
+}
+
+members! {
+    /// `local_rate_limit.PREFIX.*`: one rate limit of connections.
+    ConnectionRate {
+        RateLimited = "rate_limited" Counter,
     }
 }
 
@@ -544,13 +572,23 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
             .join(",");
             return class("envoy_http_rds", labels);
         }
-        for filter in ["rbac", "fault", "cors"] {
+        for filter in ["rbac", "fault", "cors", "jwt_authn"] {
             if let Some(prefix) = rest.strip_suffix(filter).and_then(|p| p.strip_suffix('.')) {
                 let labels = label("envoy_http_conn_manager_prefix", prefix);
                 return class(&format!("envoy_http_{filter}"), labels);
             }
         }
         return class("envoy_http", label("envoy_http_conn_manager_prefix", rest));
+    }
+    if let Some(prefix) = scope.strip_suffix(".http_local_rate_limit") {
+        let labels = label("envoy_local_http_ratelimit_prefix", prefix);
+        return class("envoy_http_local_rate_limit", labels);
+    }
+    if let Some(prefix) = scope.strip_prefix("local_rate_limit.") {
+        return class(
+            "envoy_local_rate_limit",
+            label("envoy_local_ratelimit_prefix", prefix),
+        );
     }
     if let Some(name) = scope.strip_prefix("listener.") {
         return class("envoy_listener", label("envoy_listener_address", name));

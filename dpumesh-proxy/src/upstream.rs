@@ -25,6 +25,7 @@ use crate::health::Reporter;
 use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
+use crate::route::upgrade::Tunnel;
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
 use crate::tls::{ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
@@ -254,6 +255,39 @@ impl Lane {
         if self.may_speak_http2(peer) {
             return self.connect_http2(picked, peer).await;
         }
+        self.wait_for_room(picked, || false).await?;
+        self.dial(picked, peer, async |stream, open| {
+            self.cluster.stats.inc(self.shard, Stat::CxHttp1Total);
+            Ok(Pooled::of_stream(stream, open))
+        })
+        .await
+    }
+
+    /// Makes a connection of its own for a tunnel, which never goes back to the pool.
+    ///
+    /// # Errors
+    /// As [`NoConnection`] says; endpoints that speak HTTP/2 only are not asked for a tunnel.
+    pub async fn connect_for_tunnel(
+        &self,
+        picked: &Picked,
+        peer: &Peer,
+        tunnel: Tunnel,
+    ) -> Result<Pooled, NoConnection> {
+        let asked = tunnel != Tunnel::Terminated;
+        if asked && self.cluster.protocol == Protocol::Http2 {
+            let error = "tunnels over HTTP/2 are not supported";
+            return Err(NoConnection::Failed(io::Error::other(error)));
+        }
+        let http1;
+        let peer = if asked && self.cluster.protocol == Protocol::Auto {
+            http1 = Peer {
+                protocols: Some(Protocols(Arc::from([b"http/1.1".to_vec()]))),
+                ..peer.clone()
+            };
+            &http1
+        } else {
+            peer
+        };
         self.wait_for_room(picked, || false).await?;
         self.dial(picked, peer, async |stream, open| {
             self.cluster.stats.inc(self.shard, Stat::CxHttp1Total);

@@ -545,6 +545,10 @@ async fn connection(
         return;
     };
     let ingress = worker.ingress(&listener, &stream);
+    let now = std::time::Instant::now();
+    if !chain.rates.iter().all(|rate| rate.admits(now, shard)) {
+        return;
+    }
     let Some((stream, connection)) = terminate(&worker, &chain, stream, &seen).await else {
         return;
     };

@@ -2,8 +2,10 @@
 //!
 //! | filter | here |
 //! |---|---|
-//! | `rbac` | [`super::rbac`]; LOG, metadata and filter state are refused |
+//! | `rbac` | [`super::rbac`]; metadata but claims, and filter state are refused |
 //! | `fault`, `cors` | [`super::route_policy`]; what the route says goes before what the filter says |
+//! | `jwt_authn` | [`super::jwt`]; keys come with the configuration |
+//! | `local_ratelimit` | [`super::ratelimit`]; what the route says replaces what the filter says |
 //! | `set_filter_state` | only `envoy.network.application_protocols`: what is offered to endpoints in TLS |
 //! | `grpc_stats` | accepted, counts nothing |
 //! | `router` | last |
@@ -12,7 +14,7 @@ use std::sync::Arc;
 
 use super::ConfigError;
 use super::schema::At;
-use super::{rbac, route_policy};
+use super::{jwt, ratelimit, rbac, route_policy, translate_route};
 use crate::http1::policy::{ClientCert, EscapedSlashes, Forwarding, HttpFilter, HttpPolicy, PathPolicy};
 use crate::stats::{self, Registry};
 
@@ -26,18 +28,12 @@ pub(super) fn policy(at: &At, prefix: &str, registry: &Registry) -> Result<HttpP
     let mut policy = HttpPolicy {
         path: path_policy(at)?,
         client_cert: client_cert(at)?,
+        upgrades: translate_route::upgrades(&at.messages("upgrade_configs"))?,
         ..HttpPolicy::default()
     };
     for field in ["use_remote_address", "strip_any_host_port"] {
         if at.flag(field) == Some(true) {
             return Err(at.refuse(field, "true is not supported yet"));
-        }
-    }
-    for upgrade in at.messages("upgrade_configs") {
-        // A request for it is answered with 403; CONNECT and others would need more than that.
-        let kind = upgrade.text("upgrade_type");
-        if !kind.eq_ignore_ascii_case("websocket") {
-            return Err(upgrade.refuse("upgrade_type", format!("{kind:?} is not supported yet")));
         }
     }
     let filters = at.messages("http_filters");
@@ -88,6 +84,17 @@ fn add(policy: &mut HttpPolicy, filter: &At, prefix: &str, registry: &Registry) 
             expect("envoy.filters.http.cors")?;
             let scope = registry.scope(&format!("http.{prefix}.cors"), stats::Cors::TABLE);
             policy.filters.push(HttpFilter::Cors(scope));
+        }
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication" => {
+            // Access rules know claims by this name.
+            expect("envoy.filters.http.jwt_authn")?;
+            let filter = jwt::filter(&config, prefix, registry)?;
+            policy.filters.push(HttpFilter::Jwt(Box::new(filter)));
+        }
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit" => {
+            expect("envoy.filters.http.local_ratelimit")?;
+            let rate = ratelimit::http(&config, registry)?;
+            policy.filters.push(HttpFilter::LocalRate(rate));
         }
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig" => {}
         "envoy.extensions.filters.http.set_filter_state.v3.Config" => {

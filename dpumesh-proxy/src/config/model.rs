@@ -167,6 +167,8 @@ pub struct FilterChain {
     pub tls: Option<Arc<ServerContext>>,
     /// Name of the certificate that upstream TLS shows for its connections.
     pub certificate: Option<Arc<str>>,
+    /// `envoy.filters.network.local_ratelimit`: how many connections come at once.
+    pub rates: Vec<crate::ratelimit::ConnectionRate>,
     /// `envoy.filters.network.rbac`: rules that a connection must pass at its first octet.
     pub rbac: Vec<crate::rbac::Filter>,
     /// What it does with them.

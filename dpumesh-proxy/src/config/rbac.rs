@@ -1,7 +1,7 @@
 //! `envoy.config.rbac.v3.RBAC` into [`crate::rbac`]'s rules.
 //!
-//! What cannot be decided here refuses the filter by name, never the traffic silently or not at all: metadata and
-//! filter state (which the JWT filter would set), the LOG action (AUDIT), conditions in CEL, matcher trees.
+//! What cannot be decided here refuses the filter by name, never the traffic silently or not at all: metadata other than
+//! the claims of tokens, filter state, conditions in CEL, matcher trees.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::ConfigError;
 use super::re2;
 use super::schema::At;
 use super::translate_route::{header_match, string_match};
-use crate::rbac::{Action, Filter, Policies, Policy, Rule, Shadow};
+use crate::rbac::{Action, ClaimMatch, Filter, Policies, Policy, Rule, Shadow};
 use crate::stats::{self, Registry, Scope};
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -77,6 +77,8 @@ fn policies(at: &At) -> Result<Policies> {
     let action = match at.choice("action").as_str() {
         "ALLOW" => Action::Allow,
         "DENY" => Action::Deny,
+        // Envoy notes in metadata that a policy held; nothing here reads that, the counters are all there is.
+        "LOG" => Action::Log,
         other => return Err(at.refuse("action", format!("{other} is not supported yet"))),
     };
     let mut policies = named(at, "policies");
@@ -89,7 +91,7 @@ fn policies(at: &At) -> Result<Policies> {
 }
 
 /// The messages of a `map<string, …>` field.
-fn named(at: &At, field: &str) -> Vec<(String, At)> {
+pub(super) fn named(at: &At, field: &str) -> Vec<(String, At)> {
     let mut out = Vec::new();
     if let Some(Value::Map(items)) = at.message.get_field_by_name(field).as_deref() {
         for (key, value) in items {
@@ -186,10 +188,60 @@ fn either(at: &At) -> Result<Option<Rule>> {
     if let Some(header) = at.message("header") {
         return Ok(Some(Rule::Header(header_match(&header)?)));
     }
+    if let Some(metadata) = at.message("metadata") {
+        return claim(&metadata).map(Some);
+    }
     if let Some(path) = at.message("url_path").and_then(|p| p.message("path")) {
         return Ok(Some(Rule::Path(string_match(&path)?)));
     }
     Ok(None)
+}
+
+/// `MetadataMatcher`, where the metadata is a token's claims.
+fn claim(at: &At) -> Result<Rule> {
+    const CLAIMS: &str = "envoy.filters.http.jwt_authn";
+    let filter = at.text("filter");
+    if filter != CLAIMS {
+        return Err(at.refuse(
+            "filter",
+            format!("{filter:?} is not supported yet, only {CLAIMS:?}"),
+        ));
+    }
+    let path = at.messages("path");
+    let path = path.iter().map(|segment| segment.required_text("key"));
+    let path = path.collect::<Result<Vec<_>>>()?;
+    let Some(value) = at.message("value").filter(|_| !path.is_empty()) else {
+        return Err(at.refuse("", "path and value must be given"));
+    };
+    let rule = Rule::Claim(path, value_match(&value)?);
+    Ok(if at.flag("invert") == Some(true) {
+        Rule::Not(Box::new(rule))
+    } else {
+        rule
+    })
+}
+
+/// `ValueMatcher`.
+fn value_match(at: &At) -> Result<ClaimMatch> {
+    if let Some(text) = at.message("string_match") {
+        return Ok(ClaimMatch::Text(string_match(&text)?));
+    }
+    if at.has("bool_match") {
+        return Ok(ClaimMatch::Bool(at.flag("bool_match").unwrap_or(false)));
+    }
+    if at.has("present_match") {
+        return Ok(ClaimMatch::Present(at.flag("present_match").unwrap_or(false)));
+    }
+    if let Some(one) = at.message("list_match").and_then(|list| list.message("one_of")) {
+        return Ok(ClaimMatch::OneOf(Box::new(value_match(&one)?)));
+    }
+    if let Some(any) = at.message("or_match") {
+        let any = any.messages("value_matchers");
+        return Ok(ClaimMatch::Any(
+            any.iter().map(value_match).collect::<Result<_>>()?,
+        ));
+    }
+    Err(at.refuse("", "a rule on a value must be given"))
 }
 
 /// `*` is one segment of the path, `**` any number of them.

@@ -1,14 +1,17 @@
-//! Retries, faults and CORS of routes into [`crate::route`]'s forms.
+//! Retries, faults, CORS and what else filters are told by routes, into [`crate::route`]'s forms.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::ConfigError;
+use super::ratelimit;
 use super::schema::At;
 use super::translate_route::{header_match, is_value, string_match};
+use crate::ratelimit::LocalRate;
 use crate::route::cors::Cors;
 use crate::route::fault::{Fault, Percentage};
 use crate::route::retry::{RetryOn, RetryPolicy};
+use crate::stats::Registry;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 
@@ -17,10 +20,11 @@ type Result<T> = std::result::Result<T, ConfigError>;
 pub(super) struct PerFilter {
     pub(super) fault: Option<Arc<Fault>>,
     pub(super) cors: Option<Arc<Cors>>,
+    pub(super) local_rate: Option<Arc<LocalRate>>,
 }
 
 /// Reads `typed_per_filter_config`; what it does not say is `outer`'s.
-pub(super) fn per_filter(at: &At, outer: &PerFilter) -> Result<PerFilter> {
+pub(super) fn per_filter(at: &At, outer: &PerFilter, registry: &Registry) -> Result<PerFilter> {
     let mut all = outer.clone();
     for (name, config) in at.any_map("typed_per_filter_config")? {
         match (name.as_str(), config.type_name().as_str()) {
@@ -29,6 +33,12 @@ pub(super) fn per_filter(at: &At, outer: &PerFilter) -> Result<PerFilter> {
             }
             ("envoy.filters.http.cors", "envoy.extensions.filters.http.cors.v3.CorsPolicy") => {
                 all.cors = Some(Arc::new(cors(&config)?));
+            }
+            (
+                "envoy.filters.http.local_ratelimit",
+                "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+            ) => {
+                all.local_rate = Some(ratelimit::http(&config, registry)?);
             }
             (name, kind) => {
                 return Err(config.refuse("", format!("{kind} for filter {name:?} is not supported yet")));
@@ -143,7 +153,7 @@ pub(super) fn fault(at: &At) -> Result<Fault> {
 }
 
 /// `FractionalPercent`; unset is 0 of 100.
-fn percentage(at: &At, field: &str) -> Result<Percentage> {
+pub(super) fn percentage(at: &At, field: &str) -> Result<Percentage> {
     let Some(percent) = at.message(field) else {
         return Ok(Percentage {
             numerator: 0,
@@ -173,10 +183,7 @@ fn cors(at: &At) -> Result<Cors> {
     };
     let enabled = match at.message("filter_enabled") {
         Some(enabled) => percentage(&enabled, "default_value")?,
-        None => Percentage {
-            numerator: 100,
-            denominator: 100,
-        },
+        None => Percentage::ALL,
     };
     Ok(Cors {
         enabled,

@@ -171,8 +171,17 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
-        &["upgrade_type"],
+        &["upgrade_type", "enabled"],
     ),
+    (
+        "envoy.config.route.v3.RouteAction.UpgradeConfig",
+        &["upgrade_type", "enabled", "connect_config"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.UpgradeConfig.ConnectConfig",
+        &[],
+    ),
+    ("envoy.config.route.v3.RouteMatch.ConnectMatcher", &[]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
         &["subject", "dns", "uri"],
@@ -200,6 +209,100 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "enforcement_type",
         ],
     ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        &["providers", "rules", "bypass_cors_preflight"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider",
+        &[
+            "issuer",
+            "audiences",
+            "local_jwks",
+            "clock_skew_seconds",
+            "from_headers",
+            "from_params",
+            "from_cookies",
+            "forward",
+            "forward_payload_header",
+            "pad_forward_payload_header",
+            "payload_in_metadata",
+            "normalize_payload_in_metadata",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider.NormalizePayload",
+        &["space_delimited_claims"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtHeader",
+        &["name", "value_prefix"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.RequirementRule",
+        &["match", "requires"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirement",
+        &[
+            "provider_name",
+            "provider_and_audiences",
+            "requires_any",
+            "requires_all",
+            "allow_missing",
+            "allow_missing_or_failed",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.ProviderWithAudiences",
+        &["provider_name", "audiences"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirementOrList",
+        &["requirements"],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.JwtRequirementAndList",
+        &["requirements"],
+    ),
+    (
+        "envoy.type.matcher.v3.MetadataMatcher",
+        &["filter", "path", "value", "invert"],
+    ),
+    ("envoy.type.matcher.v3.MetadataMatcher.PathSegment", &["key"]),
+    (
+        "envoy.type.matcher.v3.ValueMatcher",
+        &[
+            "string_match",
+            "bool_match",
+            "present_match",
+            "list_match",
+            "or_match",
+        ],
+    ),
+    ("envoy.type.matcher.v3.ListMatcher", &["one_of"]),
+    ("envoy.type.matcher.v3.OrMatcher", &["value_matchers"]),
+    (
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        &[
+            "stat_prefix",
+            "status",
+            "token_bucket",
+            "filter_enabled",
+            "filter_enforced",
+            "response_headers_to_add",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit",
+        &["stat_prefix", "token_bucket", "runtime_enabled"],
+    ),
+    (
+        "envoy.type.v3.TokenBucket",
+        &["max_tokens", "tokens_per_fill", "fill_interval"],
+    ),
+    ("envoy.type.v3.HttpStatus", &["code"]),
+    ("envoy.config.core.v3.RuntimeFeatureFlag", &["default_value"]),
     ("envoy.config.rbac.v3.RBAC", &["action", "policies"]),
     ("envoy.config.rbac.v3.Policy", &["permissions", "principals"]),
     (
@@ -216,6 +319,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "destination_port",
             "destination_port_range",
             "requested_server_name",
+            "metadata",
         ],
     ),
     ("envoy.config.rbac.v3.Permission.Set", &["rules"]),
@@ -232,6 +336,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "remote_ip",
             "header",
             "url_path",
+            "metadata",
         ],
     ),
     ("envoy.config.rbac.v3.Principal.Set", &["ids"]),
@@ -421,6 +526,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "headers",
             "query_parameters",
             "grpc",
+            "connect_matcher",
         ],
     ),
     ("envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions", &[]),
@@ -474,6 +580,8 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "max_grpc_timeout",
             "hash_policy",
             "metadata_match",
+            "upgrade_configs",
+            "request_mirror_policies",
         ],
     ),
     (
@@ -505,6 +613,10 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.route.v3.RouteAction.HashPolicy.QueryParameter",
         &["name"],
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        &["cluster", "runtime_fraction", "disable_shadow_host_suffix_append"],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters"]),
     (
@@ -1039,6 +1151,16 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
     ),
     (
         "envoy.config.core.v3.RuntimeDouble",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        "trace_sampled",
+        "nothing is traced: a provider is refused",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeFeatureFlag",
         "runtime_key",
         "there is no runtime to override the default",
     ),

@@ -223,7 +223,7 @@ impl Context<'_> {
         let Some((last, before)) = filters.split_last() else {
             return Err(at.refuse("filters", "a terminal filter must be given"));
         };
-        let (mut certificate, mut rbac) = (None, Vec::new());
+        let (mut certificate, mut rbac, mut rates) = (None, Vec::new(), Vec::new());
         for filter in before {
             let Some(config) = filter.any("typed_config")? else {
                 return Err(filter.refuse("typed_config", "must be given"));
@@ -231,6 +231,7 @@ impl Context<'_> {
             match config.type_name().as_str() {
                 SET_FILTER_STATE => certificate = Some(certificate_name(&config)?),
                 RBAC => rbac.push(super::rbac::network(&config, self.registry)?),
+                LOCAL_RATE => rates.extend(super::ratelimit::network(&config, self.registry)?),
                 TCP_PROXY | HTTP_MANAGER => {
                     return Err(filter.refuse(
                         "typed_config",
@@ -261,6 +262,7 @@ impl Context<'_> {
             fingerprint: fingerprint(at),
             tls: self.server_context(at, scope, speaks_http2(&terminal))?,
             certificate,
+            rates,
             rbac,
             terminal,
         })
@@ -351,7 +353,12 @@ impl Context<'_> {
 
     fn routes(&self, at: &At, prefix: &str) -> Result<Arc<RouteTable>> {
         if let Some(inline) = at.message("route_config") {
-            return Ok(Arc::new(translate_route::table(&inline, &self.clusters, true)?));
+            return Ok(Arc::new(translate_route::table(
+                &inline,
+                &self.clusters,
+                self.registry,
+                true,
+            )?));
         }
         let Some(rds) = at.message("rds") else {
             return Err(at.refuse("route_config", "route_config or rds must be given"));
@@ -374,7 +381,7 @@ impl Context<'_> {
         let table = match already.or_else(|| self.as_before(|before| before.tables.of(&key, &parts))) {
             Some(table) => table,
             None => Arc::new(
-                translate_route::table(&resource.at, &self.clusters, false).map_err(|e| {
+                translate_route::table(&resource.at, &self.clusters, self.registry, false).map_err(|e| {
                     let e = e.in_resource(format!("route configuration {:?}", key.1));
                     if key.0 == ADS { e } else { e.in_file(&key.0) }
                 })?,
@@ -578,6 +585,7 @@ fn empty(full_name: &str) -> prost_reflect::DynamicMessage {
 const TCP_PROXY: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
 const HTTP_MANAGER: &str =
     "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+const LOCAL_RATE: &str = "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit";
 const RBAC: &str = "envoy.extensions.filters.network.rbac.v3.RBAC";
 const SET_FILTER_STATE: &str = "envoy.extensions.filters.network.set_filter_state.v3.Config";
 

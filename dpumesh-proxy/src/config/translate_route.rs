@@ -7,21 +7,25 @@ use regex::bytes::Regex;
 
 use super::ConfigError;
 use super::balancing;
-use super::model::{Weighted, cluster_ref};
+use super::model::{ClusterRef, Weighted, cluster_ref};
 use super::re2;
 use super::route_policy::{self, PerFilter, per_filter};
 use super::schema::At;
 use crate::access_log::Template;
+use crate::route::fault::Percentage;
+use crate::route::upgrade::{CONNECT, Upgrade, Upgrades};
 use crate::route::{
-    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, PathMatch, PathRewrite, QueryMatch,
-    Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch, VirtualHost,
+    Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, Mirror, PathMatch, PathRewrite,
+    QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch,
+    VirtualHost,
 };
+use crate::stats::Registry;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 type Clusters = HashMap<String, usize>;
 
 /// Compiles a route configuration. `validate` is what `validate_clusters` means when it is unset.
-pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<RouteTable> {
+pub(super) fn table(at: &At, clusters: &Clusters, registry: &Registry, validate: bool) -> Result<RouteTable> {
     let validate = at.flag("validate_clusters").unwrap_or(validate);
     let limit = at.number_or("max_direct_response_body_size_bytes", 4096) as usize;
     let mut table = RouteTable {
@@ -30,16 +34,17 @@ pub(super) fn table(at: &At, clusters: &Clusters, validate: bool) -> Result<Rout
         headers: header_changes(at)?,
         ..RouteTable::default()
     };
-    let of_all = per_filter(at, &PerFilter::default())?;
+    let of_all = per_filter(at, &PerFilter::default(), registry)?;
     for host in at.messages("virtual_hosts") {
         let index = table.hosts.len();
         domains(&mut table, &host, index)?;
-        let of_host = per_filter(&host, &of_all)?;
+        let of_host = per_filter(&host, &of_all, registry)?;
         let retry = host.message("retry_policy");
         let retry = retry.map(|r| route_policy::retry(&r)).transpose()?.flatten();
         let routes = host.messages("routes");
         let routes = routes.iter().map(|at| {
-            let mut route = route(at, clusters, validate, limit, &of_host)?;
+            let of_route = per_filter(at, &of_host, registry)?;
+            let mut route = route(at, clusters, validate, limit, of_route)?;
             if let Action::Forward(forward) = &mut route.action {
                 let has_own = at.message("route").is_some_and(|r| r.has("retry_policy"));
                 forward.retry = forward
@@ -99,7 +104,7 @@ fn put(list: &mut Vec<(Vec<u8>, usize)>, part: &[u8], index: usize) -> bool {
     fresh
 }
 
-fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &PerFilter) -> Result<Route> {
+fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, filters: PerFilter) -> Result<Route> {
     let Some(matcher) = at.message("match") else {
         return Err(at.refuse("match", "must be given"));
     };
@@ -112,7 +117,6 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &P
     } else {
         return Err(at.refuse("route", "route, redirect or direct_response must be given"));
     };
-    let filters = per_filter(at, of_host)?;
     Ok(Route {
         name: at.text("name"),
         matcher: route_match(&matcher)?,
@@ -120,10 +124,11 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, of_host: &P
         headers: header_changes(at)?,
         fault: filters.fault,
         cors: filters.cors,
+        local_rate: filters.local_rate,
     })
 }
 
-fn route_match(at: &At) -> Result<RouteMatch> {
+pub(super) fn route_match(at: &At) -> Result<RouteMatch> {
     let path = if at.has("prefix") {
         PathMatch::Prefix(at.text("prefix").into_bytes())
     } else if at.has("path") {
@@ -139,10 +144,12 @@ fn route_match(at: &At) -> Result<RouteMatch> {
         PathMatch::Segments(prefix.into_bytes())
     } else if let Some(regex) = at.message("safe_regex") {
         PathMatch::Regex(whole(&regex)?)
+    } else if at.has("connect_matcher") {
+        PathMatch::Connect
     } else {
         return Err(at.refuse(
             "",
-            "prefix, path, path_separated_prefix or safe_regex must be given",
+            "prefix, path, path_separated_prefix, safe_regex or connect_matcher must be given",
         ));
     };
     Ok(RouteMatch {
@@ -290,7 +297,54 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
         },
         hash: balancing::hash_policies(at)?,
         subset,
+        mirrors: mirrors(at, named)?,
+        upgrades: upgrades(&at.messages("upgrade_configs"))?,
     })
+}
+
+fn mirrors(at: &At, named: impl Fn(&At, &str) -> Result<ClusterRef>) -> Result<Vec<Mirror>> {
+    let mirror = |at: &At| {
+        let share = match at.message("runtime_fraction") {
+            Some(fraction) => route_policy::percentage(&fraction, "default_value")?,
+            None => Percentage::ALL,
+        };
+        Ok(Mirror {
+            cluster: named(at, "cluster")?,
+            share,
+            renames_host: at.flag("disable_shadow_host_suffix_append") != Some(true),
+        })
+    };
+    at.messages("request_mirror_policies")
+        .iter()
+        .map(mirror)
+        .collect()
+}
+
+/// `upgrade_configs` of a route or of a connection manager.
+pub(super) fn upgrades(configs: &[At]) -> Result<Upgrades> {
+    let mut upgrades = Upgrades::default();
+    for config in configs {
+        let kind = config
+            .required_text("upgrade_type")?
+            .to_ascii_lowercase()
+            .into_bytes();
+        let terminated = config.has("connect_config");
+        if terminated && kind != CONNECT {
+            return Err(config.refuse("connect_config", "is for CONNECT only"));
+        }
+        if kind == b"h2c" {
+            return Err(config.refuse("upgrade_type", "h2c is not supported yet"));
+        }
+        if upgrades.0.iter().any(|u| u.kind == kind) {
+            return Err(config.refuse("upgrade_type", "appears twice"));
+        }
+        upgrades.0.push(Upgrade {
+            kind,
+            enabled: config.flag("enabled").unwrap_or(true),
+            terminated,
+        });
+    }
+    Ok(upgrades)
 }
 
 fn path_rewrite(at: &At) -> Result<Option<PathRewrite>> {
@@ -420,7 +474,7 @@ fn header_changes(at: &At) -> Result<HeaderChanges> {
     })
 }
 
-fn add_header(at: &At) -> Result<AddHeader> {
+pub(super) fn add_header(at: &At) -> Result<AddHeader> {
     let Some(header) = at.message("header") else {
         return Err(at.refuse("header", "must be given"));
     };

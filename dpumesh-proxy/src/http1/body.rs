@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::buffer::Buffer;
+use super::copy::Writer;
 use super::head::Framing;
 
 /// A body up to this size rides with the head in one write, octets.
@@ -74,6 +75,8 @@ pub struct Flow {
     trailers: Option<Vec<u8>>,
     /// What was taken from the source, for [`Self::replay`].
     kept: Option<Kept>,
+    /// Who gets a copy of it.
+    copies: Vec<Writer>,
 }
 
 /// A body's beginning.
@@ -102,6 +105,7 @@ impl Flow {
             last_chunk_sent: stage == Stage::Done,
             trailers: None,
             kept: None,
+            copies: Vec::new(),
         }
     }
 
@@ -135,6 +139,18 @@ impl Flow {
         }
     }
 
+    /// Copies the body to these as it is taken from the source. Call before anything is.
+    pub(super) fn copy_to(&mut self, copies: Vec<Writer>) {
+        self.copies = copies;
+    }
+
+    /// Tells the copies that the body has ended, if it has.
+    fn end_copies(&mut self) {
+        if self.stage == Stage::Done {
+            self.copies.drain(..).for_each(Writer::end);
+        }
+    }
+
     /// Whether the message can be sent from its beginning once more.
     pub fn is_replayable(&self) -> bool {
         self.body == 0 || self.kept.is_some()
@@ -150,6 +166,7 @@ impl Flow {
     }
 
     fn note(&mut self, data: &[u8]) {
+        self.copies.iter_mut().for_each(|copy| copy.put(data));
         if let Some(kept) = &mut self.kept {
             if kept.octets.len() + data.len() > kept.most {
                 self.kept = None;
@@ -178,7 +195,9 @@ impl Flow {
         if self.stage == Stage::Done || source.unread().len() > RIDES_ALONG {
             return Ok(());
         }
-        self.decode(source, pending, true)
+        self.decode(source, pending, true)?;
+        self.end_copies();
+        Ok(())
     }
 
     /// Writes `pending`, then the body; reads more from `from` as needed. Ready when all is written.
@@ -200,6 +219,7 @@ impl Flow {
         loop {
             ready!(self.poll_pending(cx, to, pending))?;
             if self.stage == Stage::Done {
+                self.end_copies();
                 return Poll::Ready(Ok(()));
             }
             if !source.is_empty() {

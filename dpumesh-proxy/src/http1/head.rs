@@ -216,6 +216,11 @@ impl Fields {
         !self.close && (self.http11 || self.keep_alive)
     }
 
+    /// Takes all lines of a name (lower case) out: nothing sees them any more.
+    pub fn remove(&mut self, head: &[u8], name: &[u8]) {
+        self.fields.retain(|f| f.name.of_head(head) != name);
+    }
+
     fn clear(&mut self) {
         self.fields.clear();
         self.framing = Framing::None;
@@ -240,6 +245,8 @@ pub struct RequestHead {
     pub expects_continue: bool,
     /// `connection: upgrade` with an `upgrade` header other than `h2c`.
     pub upgrade: bool,
+    /// Whether it is CONNECT.
+    pub connect: bool,
     /// Whether `host` was there.
     pub has_host: bool,
     /// The path with its query in its one form, where [`super::path`] had to change it.
@@ -265,6 +272,7 @@ impl RequestHead {
         self.normalized = None;
         (self.method, self.path, self.authority) = Default::default();
         (self.absolute, self.expects_continue, self.upgrade, self.has_host) = (false, false, false, false);
+        self.connect = false;
         let mut slots = [const { MaybeUninit::uninit() }; MOST_FIELDS];
         let mut request = httparse::Request::new(&mut []);
         let status = request
@@ -296,7 +304,7 @@ impl RequestHead {
         }
         let method = self.method.of_head(head);
         if method == b"CONNECT" {
-            (self.authority, self.absolute) = (span, true);
+            (self.authority, self.absolute, self.connect) = (span, true, true);
             return if is_authority(target) {
                 Ok(())
             } else {

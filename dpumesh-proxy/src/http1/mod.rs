@@ -7,6 +7,7 @@
 pub mod body;
 pub mod buffer;
 mod client_cert;
+mod copy;
 pub mod head;
 pub mod path;
 pub mod policy;

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::jwt;
+use crate::ratelimit::LocalRate;
 use crate::rbac;
 use crate::route::fault::Fault;
+use crate::route::upgrade::Upgrades;
 use crate::stats::Scope;
 
 /// Filters and rewriting of one connection manager. The default does nothing.
@@ -18,6 +21,8 @@ pub struct HttpPolicy {
     /// The protocols offered in the TLS handshake with endpoints, in place of the cluster's
     /// (`envoy.network.application_protocols`).
     pub upstream_protocols: Option<Arc<[Vec<u8>]>>,
+    /// Which tunnels are allowed, where the route does not say.
+    pub upgrades: Upgrades,
     /// `suppress_envoy_headers` of the router.
     pub suppress_envoy_headers: bool,
 }
@@ -29,6 +34,10 @@ pub enum HttpFilter {
     Rbac(rbac::Filter),
     /// `envoy.filters.http.fault`: for requests whose route says nothing, this; and `http.PREFIX.fault.*`.
     Fault(Option<Arc<Fault>>, Arc<Scope>),
+    /// `envoy.filters.http.jwt_authn`
+    Jwt(Box<jwt::Filter>),
+    /// `envoy.filters.http.local_ratelimit`: for requests whose route says nothing, this.
+    LocalRate(Arc<LocalRate>),
     /// `envoy.filters.http.cors`: what the route says; and `http.PREFIX.cors.*`.
     Cors(Arc<Scope>),
 }

@@ -13,9 +13,13 @@ use super::client_cert;
 use super::head::{FieldKind, Framing, RequestHead};
 use super::reply;
 use crate::config::model::{HttpManager, ServerHeader, Underscores};
+use crate::route::upgrade::Tunnel;
 use crate::route::{AddHeader, AddHow, Forward, HeaderChanges, PathRewrite, Route};
 use crate::tls::Connection;
 use crate::worker::Buffers;
+
+/// What says that a head is about an upgrade.
+const UPGRADE_LINE: &[u8] = b"connection: Upgrade\r\n";
 
 /// What one request's forwarding changes.
 #[derive(Debug)]
@@ -34,6 +38,10 @@ pub(super) struct Rewrite<'a> {
     pub(super) made_id: bool,
     /// The `x-envoy-upstream-service-time` sent.
     pub(super) service_ms: Option<Digits>,
+    /// The tunnel that the request asks for, if it may.
+    pub(super) tunnel: Option<Tunnel>,
+    /// The endpoint has opened it.
+    pub(super) tunnel_open: bool,
     /// Which attempt this is, from 1.
     pub(super) attempt: u32,
     /// Whether the endpoint is told, and the client.
@@ -111,6 +119,8 @@ impl<'a> Rewrite<'a> {
             request_id: if made_id { uuid() } else { [0; 36] },
             made_id,
             service_ms: None,
+            tunnel: None,
+            tunnel_open: false,
             attempt: 1,
             tell_attempt: (false, false),
             asked_timeout,
@@ -124,6 +134,9 @@ impl<'a> Rewrite<'a> {
         let Some(rewrite) = &forward.path_rewrite else {
             return;
         };
+        if buffers.request.connect {
+            return;
+        }
         let path = path(buffers);
         let bare = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
         let (bare, query) = path.split_at(bare);
@@ -223,6 +236,11 @@ impl<'a> Changes<'a> {
         self.response.steps.extend(headers.iter().map(Step::Add));
     }
 
+    /// Adds headers to the request, before anything that the levels change.
+    pub(super) fn add_to_request_first(&mut self, headers: &'a [AddHeader]) {
+        self.request.steps.splice(0..0, headers.iter().map(Step::Add));
+    }
+
     pub(super) fn of(levels: &[Option<&'a HeaderChanges>]) -> Self {
         let mut changes = Self::default();
         for level in levels.iter().flatten().filter(|l| !l.is_empty()) {
@@ -305,11 +323,15 @@ pub(super) fn request_head(
         .settle(|name| request.fields.get(head, name).is_some());
     out.extend_from_slice(request.method.of_head(head));
     out.push(b' ');
-    out.extend_from_slice(rewrite.path.as_deref().unwrap_or_else(|| path(buffers)));
-    out.extend_from_slice(b" HTTP/1.1\r\n");
     let asked_host = rewrite
         .default_host
         .unwrap_or_else(|| request.authority.of_head(head));
+    if request.connect {
+        out.extend_from_slice(rewrite.host.unwrap_or(asked_host));
+    } else {
+        out.extend_from_slice(rewrite.path.as_deref().unwrap_or_else(|| path(buffers)));
+    }
+    out.extend_from_slice(b" HTTP/1.1\r\n");
     reply::header(b"host", rewrite.host.unwrap_or(asked_host), &mut out);
     let mut forwarded_proto = false;
     for field in &request.fields.fields {
@@ -319,8 +341,9 @@ pub(super) fn request_head(
             | FieldKind::Server
             | FieldKind::Date
             | FieldKind::ServiceTime
-            | FieldKind::ForwardedFor
-            | FieldKind::ContentLength => true,
+            | FieldKind::ForwardedFor => true,
+            FieldKind::ContentLength => !request.connect,
+            FieldKind::Upgrade => rewrite.tunnel == Some(Tunnel::Upgrade),
             FieldKind::AttemptCount => !rewrite.tell_attempt.0,
             FieldKind::RequestId => !rewrite.made_id,
             FieldKind::ForwardedProto => {
@@ -355,6 +378,9 @@ pub(super) fn request_head(
     }
     if request.fields.framing == Framing::Chunked {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+    }
+    if rewrite.tunnel == Some(Tunnel::Upgrade) {
+        out.extend_from_slice(UPGRADE_LINE);
     }
     changes.write(&mut out);
     out.extend_from_slice(b"\r\n");
@@ -410,7 +436,8 @@ pub(super) fn response_head(
             | FieldKind::TimeoutMs => true,
             FieldKind::AttemptCount => !rewrite.tell_attempt.1,
             FieldKind::RequestId => !manager.request_id_in_response,
-            FieldKind::ContentLength => status != 204,
+            FieldKind::ContentLength => status != 204 && !rewrite.tunnel_open,
+            FieldKind::Upgrade => rewrite.tunnel_open && status == 101,
             FieldKind::Date => {
                 has_date = true;
                 true
@@ -465,7 +492,11 @@ pub(super) fn response_head(
     if out_framing == Out::Chunked || (had_chunks && buffers.request.fields.http11) {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
     }
-    if close {
+    if rewrite.tunnel_open {
+        if status == 101 {
+            out.extend_from_slice(UPGRADE_LINE);
+        }
+    } else if close {
         out.extend_from_slice(b"connection: close\r\n");
     } else if !buffers.request.fields.http11 {
         out.extend_from_slice(b"connection: keep-alive\r\n");

@@ -27,6 +27,18 @@ pub struct Percentage {
 }
 
 impl Percentage {
+    /// All of them.
+    pub const ALL: Self = Self {
+        numerator: 100,
+        denominator: 100,
+    };
+
+    /// None of them.
+    pub const NONE: Self = Self {
+        numerator: 0,
+        denominator: 100,
+    };
+
     /// Whether a request with this random number is among them.
     pub fn takes(self, random: u64) -> bool {
         random % self.denominator < self.numerator

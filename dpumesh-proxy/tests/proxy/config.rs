@@ -92,7 +92,7 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         ),
         (
             format!("{manager}/upgrade_configs"),
-            json!([{"upgrade_type": "CONNECT"}]),
+            json!([{"upgrade_type": "websocket", "filters": []}, {"upgrade_type": "h2c"}]),
         ),
         (
             format!("{manager}/http2_protocol_options"),
@@ -120,7 +120,7 @@ fn what_is_not_implemented_is_refused_with_its_path() {
         (format!("{route}/route/auto_host_rewrite"), json!(true)),
         (
             format!("{route}/route/request_mirror_policies"),
-            json!([{"cluster": "app"}]),
+            json!([{"cluster_header": "x-mirror"}]),
         ),
         (
             format!("{route}/route/hash_policy"),
@@ -226,7 +226,7 @@ fn other_http_filters_are_refused_by_name() {
     let manager = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
     for kind in [
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
-        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        "envoy.extensions.filters.http.lua.v3.Lua",
     ] {
         let filter = serde_json::json!({"name": "x", "typed_config": {"@type": format!("type.googleapis.com/{kind}")}});
         let pointer = "/static_resources/listeners/0/filter_chains/0/filters/0/typed_config/http_filters/-";
@@ -241,14 +241,14 @@ fn what_access_rules_cannot_decide_is_refused_by_name() {
     use serde_json::json;
     let any = json!([{"any": true}]);
     let policy = |permission, principal| json!({"policies": {"p": {"permissions": [permission], "principals": [principal]}}});
-    let metadata = json!({"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "payload"}], "value": {"present_match": true}});
+    let metadata =
+        json!({"filter": "istio_authn", "path": [{"key": "payload"}], "value": {"present_match": true}});
     let everything = || json!({"any": true});
     for (rules, path, reason) in [
-        (json!({"action": "LOG"}), ".action", "LOG is not supported yet"),
         (
             policy(everything(), json!({"metadata": metadata})),
-            ".policies[p].principals[0].metadata",
-            "metadata of envoy.config.rbac.v3.Principal is not supported yet",
+            ".policies[p].principals[0].metadata.filter",
+            "\"istio_authn\" is not supported yet, only \"envoy.filters.http.jwt_authn\"",
         ),
         (
             policy(
@@ -260,8 +260,8 @@ fn what_access_rules_cannot_decide_is_refused_by_name() {
         ),
         (
             policy(json!({"metadata": metadata}), everything()),
-            ".policies[p].permissions[0].metadata",
-            "metadata of envoy.config.rbac.v3.Permission is not supported yet",
+            ".policies[p].permissions[0].metadata.filter",
+            "\"istio_authn\" is not supported yet, only \"envoy.filters.http.jwt_authn\"",
         ),
         (
             policy(

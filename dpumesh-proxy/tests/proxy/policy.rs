@@ -144,6 +144,48 @@ fn rules_without_policies_refuse_all_and_shadow_rules_only_count() {
 }
 
 #[test]
+fn rules_that_log_let_everything_pass_and_count_it() {
+    let audit = rbac(
+        "{action: LOG, policies: {p: {permissions: [{url_path: {path: {exact: /seen}}}], principals: [{any: true}]}}}",
+    );
+    let shadow = format!(
+        "- {{name: envoy.filters.http.rbac, typed_config: {{\"@type\": {RBAC}, shadow_rules_stat_prefix: dry_, \
+         shadow_rules: {{action: LOG, policies: {{p: {{permissions: [{{any: true}}], principals: [{{any: true}}]}}}}}}}}}}\n          "
+    );
+    at_both(
+        |endpoint, _| {
+            bootstrap_with(
+                &all_to_app(""),
+                &app(endpoint),
+                "",
+                &format!("{audit}{shadow}"),
+                "",
+            )
+        },
+        |subject, endpoint| {
+            let mut client = subject.client();
+            for path in ["/seen", "/unseen"] {
+                assert_eq!(client.get(path).status(), 200);
+            }
+            assert_eq!(endpoint.requests(), 2);
+            for (name, wanted) in [
+                ("http.web.rbac.allowed", 2),
+                ("http.web.rbac.denied", 0),
+                ("http.web.rbac.dry_.shadow_allowed", 2),
+                ("http.web.rbac.dry_.shadow_denied", 0),
+            ] {
+                assert_eq!(
+                    subject.await_stat(name, wanted),
+                    wanted,
+                    "{name} at {}",
+                    subject.name()
+                );
+            }
+        },
+    );
+}
+
+#[test]
 fn connections_pass_the_rules_of_their_chain() {
     let network = "type.googleapis.com/envoy.extensions.filters.network";
     let rules = |rules: &str| {

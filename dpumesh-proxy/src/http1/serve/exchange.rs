@@ -14,6 +14,7 @@ use crate::http1::body::{Flow, FlowError};
 use crate::http1::buffer::Buffer;
 use crate::http1::head::{ResponseHead, Scan};
 use crate::http1::reply;
+use crate::route::upgrade::Tunnel;
 use crate::stats::Http as Stat;
 use crate::upstream::Pooled;
 use crate::worker::Buffers;
@@ -22,7 +23,7 @@ use crate::worker::Buffers;
 pub(super) const AHEAD: usize = 64 * 1024;
 
 /// Largest response head, octets.
-const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
+pub(super) const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
 
 impl Session {
     /// Sends the request and waits for the response head. True when all of the request was sent by then.
@@ -82,11 +83,13 @@ impl Session {
             let begun = flow.wire_out > 0;
             loop {
                 match scan.find(response_in.unread()) {
-                    Ok(Some(length)) => match is_interim(response_in, response, length) {
-                        Ok(true) => continue,
-                        Ok(false) => return Poll::Ready(Ok(())),
-                        Err(failure) => return Poll::Ready(Err(failure)),
-                    },
+                    Ok(Some(length)) => {
+                        match is_interim(response_in, response, length, call.rewrite.tunnel) {
+                            Ok(true) => continue,
+                            Ok(false) => return Poll::Ready(Ok(())),
+                            Err(failure) => return Poll::Ready(Err(failure)),
+                        }
+                    }
                     Ok(None) if response_in.unread().len() > LARGEST_RESPONSE_HEAD => {
                         return Poll::Ready(Err(Failure::Protocol { begun }));
                     }
@@ -127,11 +130,20 @@ impl Session {
 }
 
 /// Parses a response head; true when it was an interim one and has been dropped.
-fn is_interim(input: &mut Buffer, response: &mut ResponseHead, length: usize) -> Result<bool, Failure> {
+fn is_interim(
+    input: &mut Buffer,
+    response: &mut ResponseHead,
+    length: usize,
+    tunnel: Option<Tunnel>,
+) -> Result<bool, Failure> {
     response
         .parse(&mut input.unread_mut()[..length])
         .map_err(|_| Failure::Protocol { begun: true })?;
     match response.status {
+        101 if tunnel == Some(Tunnel::Upgrade) => {
+            input.keep_head(length);
+            Ok(false)
+        }
         101 => Err(Failure::Protocol { begun: true }),
         100..=199 => {
             input.consume(length);

@@ -1,4 +1,4 @@
-//! The HTTP filters between routing and the route's action: access rules, faults, CORS, in the configured order.
+//! The HTTP filters between routing and the route's action: access rules, tokens, rate limits, faults, CORS, in the configured order.
 
 use std::borrow::Cow;
 use std::future::poll_fn;
@@ -14,6 +14,8 @@ use super::{Outcome, Session};
 use crate::config::model::HttpManager;
 use crate::http1::policy::HttpFilter;
 use crate::http1::rewrite::Rewrite;
+use crate::jwt::Claims;
+use crate::ratelimit::{LIMITED, LocalRate};
 use crate::rbac::{self, DENIED_BODY};
 use crate::route::cors::Cors;
 use crate::route::fault::Fault;
@@ -26,6 +28,10 @@ use crate::worker::Buffers;
 pub(super) struct Filtered {
     /// Headers for the response.
     pub(super) response: Vec<AddHeader>,
+    /// Headers for the request.
+    pub(super) request: Vec<AddHeader>,
+    /// What the request's tokens say.
+    pub(super) claims: Option<Box<Claims>>,
     /// A fault held the request up: its time limits begin behind that.
     pub(super) delayed: bool,
 }
@@ -48,7 +54,17 @@ impl Session {
         let mut filtered = Filtered::default();
         for filter in &passing.manager.policy.filters {
             match filter {
-                HttpFilter::Rbac(filter) => self.check_access(buffers, passing, filter).await?,
+                HttpFilter::Rbac(filter) => {
+                    let claims = filtered.claims.as_deref();
+                    self.check_access(buffers, passing, filter, claims).await?;
+                }
+                HttpFilter::Jwt(filter) => {
+                    self.authenticate(buffers, passing, filter, &mut filtered).await?;
+                }
+                HttpFilter::LocalRate(own) => {
+                    let of_route = passing.route.and_then(|r| r.local_rate.as_deref());
+                    self.limit(buffers, passing, of_route.unwrap_or(own)).await?;
+                }
                 HttpFilter::Fault(own, stats) => {
                     let of_route = passing.route.and_then(|r| r.fault.as_deref());
                     if let Some(fault) = of_route.or(own.as_deref()) {
@@ -71,8 +87,10 @@ impl Session {
         buffers: &mut Buffers,
         passing: &Passing<'_, '_>,
         filter: &rbac::Filter,
+        claims: Option<&Claims>,
     ) -> Result<(), Outcome> {
         let mut connection = rbac::Connection::of(&self.peer);
+        connection.claims = claims;
         connection.remote = forwarded_for(buffers).unwrap_or(connection.remote);
         let decision = {
             let view = self.view(buffers, passing);
@@ -87,7 +105,25 @@ impl Session {
         Err(outcome)
     }
 
-    fn view<'b>(&self, buffers: &'b Buffers, passing: &'b Passing<'_, '_>) -> View<'b> {
+    async fn limit(
+        &mut self,
+        buffers: &mut Buffers,
+        passing: &Passing<'_, '_>,
+        rate: &LocalRate,
+    ) -> Result<(), Outcome> {
+        let now = std::time::Instant::now();
+        if rate.admits(now, || fastrand::u64(..), self.worker.shard) {
+            return Ok(());
+        }
+        let reply = Reply::new(rate.status, "RL")
+            .body(LIMITED)
+            .because(LIMITED)
+            .changed_by(passing.levels)
+            .adding(&rate.response);
+        Err(self.reply(buffers, reply).await)
+    }
+
+    pub(super) fn view<'b>(&self, buffers: &'b Buffers, passing: &'b Passing<'_, '_>) -> View<'b> {
         View::new(
             buffers,
             passing.rewrite.default_host,

@@ -11,14 +11,17 @@ use tokio::time::{Instant, timeout_at};
 use super::attempts::{Attempts, can_be_sent_again, takes_rest_of_response};
 use super::failure::{Broken, Failure};
 use super::local::{Reply, RequestBody};
+use super::tunnel::opens;
 use super::{Outcome, Session};
 use crate::balance::Ask;
 use crate::config::model::HttpManager;
 use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::{Flow, Out};
+use crate::http1::copy::Writer;
 use crate::http1::head::Framing;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::Forward;
+use crate::route::upgrade::Tunnel;
 use crate::stats::{Cluster as ClusterStat, Shard};
 use crate::upstream::{Lane, NoConnection, Picked, Pooled};
 use crate::worker::{Buffers, Peer};
@@ -39,6 +42,8 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) try_deadline: Option<Instant>,
     /// Octets of the head that stands in the buffer for the endpoint.
     pub(super) head_length: usize,
+    /// Who gets a copy of the body.
+    pub(super) copies: Vec<Writer>,
 }
 
 impl Session {
@@ -46,6 +51,9 @@ impl Session {
     pub(super) async fn forward(&mut self, buffers: &mut Buffers, call: &mut Forwarding<'_, '_>) -> Outcome {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
+        if !call.forward.mirrors.is_empty() && call.rewrite.tunnel.is_none() {
+            call.copies = self.begin_mirrors(buffers, call);
+        }
         let mut attempts = Attempts::new(call.forward.retry.as_deref());
         // What has been taken of the request's body so far.
         let mut flow: Option<Flow> = None;
@@ -144,7 +152,11 @@ impl Session {
         let (lane, shard) = (call.lane, self.worker.shard);
         let stats = &lane.cluster.stats;
         let replayable = is_replayable(buffers);
-        let mut pooled = lane.take_idle(picked, &self.peer, !replayable);
+        let tunnel = call.rewrite.tunnel;
+        let mut pooled = match tunnel {
+            None => lane.take_idle(picked, &self.peer, !replayable),
+            Some(_) => None,
+        };
         let mut replayed = false;
         loop {
             let reused = pooled.is_some();
@@ -165,10 +177,15 @@ impl Session {
             if !replayed {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
+            if tunnel == Some(Tunnel::Terminated) {
+                let tunnel = Box::pin(self.terminate(buffers, call, connection));
+                return Turn::Done(tunnel.await);
+            }
             let trailers = self.stream.is_http2() && connection.stream.is_http2();
             let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take(), trailers) {
                 Ok(flow) => flow,
-                Err((flow, failure)) => {
+                Err(broken) => {
+                    let (flow, failure) = *broken;
                     *kept = Some(flow);
                     return Turn::Broken(Broken::Failed(failure));
                 }
@@ -178,6 +195,17 @@ impl Session {
                 Ok(sent) => {
                     if lane.cluster.outlier.is_some() {
                         lane.note(picked, Noted::Status(status_of(buffers)));
+                    }
+                    match tunnel.map(|tunnel| opens(tunnel, buffers)) {
+                        None | Some(Some(false)) => {}
+                        Some(Some(true)) => {
+                            let tunnel = Box::pin(self.tunnel(buffers, call, connection));
+                            return Turn::Done(tunnel.await);
+                        }
+                        Some(None) => {
+                            let failure = Failure::Protocol { begun: true };
+                            return Turn::Broken(Broken::Failed(failure));
+                        }
                     }
                     if attempts.concern_response(buffers, &flow)
                         && let Some(pause) = attempts.again(lane, picked.endpoint.address)
@@ -229,7 +257,16 @@ impl Session {
         call: &Forwarding<'_, '_>,
         picked: &Picked,
     ) -> Result<Result<Pooled, NoConnection>, Failure> {
-        let attempt = call.lane.connect(picked, &self.peer);
+        let attempt = async {
+            match call.rewrite.tunnel {
+                None => call.lane.connect(picked, &self.peer).await,
+                Some(tunnel) => {
+                    // Boxed: it is rare, and its state would be part of every request's.
+                    let made = call.lane.connect_for_tunnel(picked, &self.peer, tunnel);
+                    Box::pin(made).await
+                }
+            }
+        };
         match call.deadline {
             Some(at) => timeout_at(at, attempt).await.map_err(|_| Failure::Timeout),
             None => Ok(attempt.await),
@@ -248,7 +285,7 @@ enum Turn {
 }
 
 /// Whether the cluster takes no further request.
-fn is_full(lane: &Lane) -> bool {
+pub(super) fn is_full(lane: &Lane) -> bool {
     let cluster = &lane.cluster;
     cluster.stats.get(ClusterStat::RqActive) >= u64::from(cluster.limits.max_requests)
 }
@@ -262,7 +299,7 @@ fn begin(
     attempts: &Attempts<'_>,
     before: Option<Flow>,
     trailers: bool,
-) -> Result<Flow, (Flow, Failure)> {
+) -> Result<Flow, Box<(Flow, Failure)>> {
     // Of a message of which nothing was sent, what stands behind the head stays.
     let behind = match &before {
         Some(flow) if flow.untouched() => buffers.request_out.split_off(call.head_length),
@@ -299,9 +336,10 @@ fn begin(
         flow.pass_trailers();
     }
     attempts.prepare(buffers, &mut flow);
+    flow.copy_to(std::mem::take(&mut call.copies));
     match flow.prefill(&mut buffers.request_in, &mut buffers.request_out) {
         Ok(()) => Ok(flow),
-        Err(error) => Err((flow, Failure::from_client(error))),
+        Err(error) => Err(Box::new((flow, Failure::from_client(error)))),
     }
 }
 
@@ -358,10 +396,10 @@ fn is_replayable(buffers: &Buffers) -> bool {
 }
 
 /// Counts a request as active in its cluster.
-struct Active<'a>(&'a Lane, Shard);
+pub(super) struct Active<'a>(&'a Lane, Shard);
 
 impl<'a> Active<'a> {
-    fn new(lane: &'a Lane, shard: Shard) -> Self {
+    pub(super) fn new(lane: &'a Lane, shard: Shard) -> Self {
         lane.cluster.stats.inc(shard, ClusterStat::RqActive);
         Self(lane, shard)
     }

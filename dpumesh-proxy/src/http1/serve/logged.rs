@@ -18,6 +18,7 @@ impl Session {
         let (stats, shard) = (&self.manager.stats, self.worker.shard);
         stats.inc(shard, Stat::RqCompleted);
         let class = match outcome.status {
+            101 => Stat::Rq1xx,
             200..=299 => Stat::Rq2xx,
             300..=399 => Stat::Rq3xx,
             400..=499 => Stat::Rq4xx,

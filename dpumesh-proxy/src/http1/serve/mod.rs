@@ -6,21 +6,24 @@
 //! ```
 //! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `filters` are
 //! rules, faults and CORS, `forward` picks endpoint and connection, again if `attempts` says so, `exchange` sends the request until a response head is there, `respond` passes the
-//! response on, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
+//! response on, `mirror` sends copies elsewhere, `tunnel` is what comes of upgrades and CONNECT, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
 //! `logged` counts and logs. All memory is the worker's: between requests a connection holds its socket and little
 //! else.
 
 mod attempts;
+mod authenticate;
 mod exchange;
 mod failure;
 mod filters;
 mod forward;
 mod local;
 mod logged;
+mod mirror;
 mod read;
 mod redirect;
 mod request;
 mod respond;
+mod tunnel;
 mod view;
 
 use std::borrow::Cow;

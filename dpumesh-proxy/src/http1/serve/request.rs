@@ -43,6 +43,9 @@ fn named_cluster(route: &Route) -> Option<Arc<str>> {
 
 /// Brings the path into its one form, where the connection manager is told to.
 fn normalize(buffers: &mut Buffers, manager: &HttpManager) -> Option<Reply<'static>> {
+    if buffers.request.connect {
+        return None;
+    }
     match path::normalized(rewrite::path(buffers), manager.policy.path) {
         Ok(None) => None,
         Ok(fresh) => {
@@ -93,6 +96,9 @@ impl Session {
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
         self.count(&outcome);
+        if rewrite.tunnel.is_some() {
+            manager.stats.dec(self.worker.shard, Stat::CxUpgradesActive);
+        }
         if !manager.access_log.is_empty() {
             self.log_request(buffers, &rewrite, &outcome, (wall, begun));
         }
@@ -136,7 +142,7 @@ impl Session {
             let reply = Reply::new(426, "DPE").body("Upgrade Required");
             return Some(reply.because("low_version"));
         }
-        if request.absolute {
+        if request.absolute && !request.connect {
             manager.stats.inc(self.worker.shard, Stat::RqNonRelativePath);
         }
         if !request.has_host && (request.fields.http11 || manager.default_host_http_10.is_none()) {
@@ -144,13 +150,6 @@ impl Session {
         }
         if request.has_host && request.authority.is_empty() {
             return Some(Reply::new(400, "").because("missing_host_header"));
-        }
-        if request.method.of_head(head) == b"CONNECT" {
-            return Some(Reply::new(404, "NR").because("route_not_found"));
-        }
-        if request.upgrade {
-            manager.stats.inc(self.worker.shard, Stat::RqUpgradeRefused);
-            return Some(Reply::new(403, "").because("upgrade_failed"));
         }
         let has_underscore = || {
             let mut names = request.fields.fields.iter().map(|f| f.name.of_head(head));
@@ -183,6 +182,15 @@ impl Session {
             levels
         });
         rewrite.route_name = found.map(|(_, route)| route.name.as_str());
+        if buffers.request.upgrade || buffers.request.connect {
+            // Whatever is answered, no other request follows: what does follow may be meant for the tunnel.
+            self.closing = true;
+            let route = found.map(|(_, route)| route);
+            match self.tunnel_asked_for(buffers, manager, route) {
+                Ok(tunnel) => rewrite.tunnel = tunnel,
+                Err(reply) => return self.reply(buffers, *reply).await,
+            }
+        }
         let mut filtered = Filtered::default();
         if !manager.policy.filters.is_empty() {
             let passing = Passing {
@@ -284,6 +292,7 @@ impl Session {
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
                 changes.add_to_response(&cookies);
+                changes.add_to_request_first(&filtered.request);
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
@@ -300,6 +309,7 @@ impl Session {
                     deadline,
                     try_deadline: None,
                     head_length: 0,
+                    copies: Vec::new(),
                 };
                 self.forward(buffers, &mut forwarding).await
             }
