@@ -303,7 +303,12 @@ impl Part {
             Self::Response(header) => header.render(record.response, out),
             Self::Protocol => or_dash(record.protocol, out),
             Self::ResponseCode => number(u64::from(record.status), out),
-            Self::ResponseFlags => flags(record, out),
+            Self::ResponseFlags => {
+                let Extra {
+                    delayed, exhausted, ..
+                } = record.extra;
+                join_flags(record.flags, delayed, exhausted, out);
+            }
             Self::BytesReceived => number(record.received, out),
             Self::BytesSent => number(record.sent, out),
             Self::Duration => number(
@@ -354,19 +359,19 @@ impl HeaderPart {
     }
 }
 
-/// Flags, in Envoy's order where there are several.
-fn flags(record: &Record<'_>, out: &mut Vec<u8>) {
+/// Response flags as Envoy prints them, in its order where there are several; `-` for none.
+pub(crate) fn join_flags(flag: &str, delayed: bool, exhausted: bool, out: &mut Vec<u8>) {
     let begin = out.len();
-    let first = matches!(record.flags, "SI" | "DPE" | "UPE");
-    let own = (!first).then_some(record.flags);
+    let first = matches!(flag, "SI" | "DPE" | "UPE");
+    let own = (!first).then_some(flag);
     let (before, own) = match own {
         // `DI` stands before `FI` and behind what went wrong with an endpoint.
         Some("FI") => (None, Some("FI")),
         own => (own, None),
     };
-    let late = first.then_some(record.flags);
-    let delayed = record.extra.delayed.then_some("DI");
-    let exhausted = record.extra.exhausted.then_some("URX");
+    let late = first.then_some(flag);
+    let delayed = delayed.then_some("DI");
+    let exhausted = exhausted.then_some("URX");
     let all = [before, delayed, own, exhausted, late];
     for flag in all.into_iter().flatten().filter(|f| !f.is_empty()) {
         if out.len() > begin {

@@ -55,7 +55,11 @@ const PATHS: &[(&str, &str, &str)] = &[
         "GET",
         "counters and gauges (?usedonly, ?filter=RE, ?type=Counters|Gauges, ?format=json|prometheus)",
     ),
-    ("/stats/prometheus", "GET", "the same for Prometheus (?usedonly)"),
+    (
+        "/stats/prometheus",
+        "GET",
+        "the same for Prometheus, and Istio's metrics of all pods (?usedonly), or of one (?pod=NAME.NAMESPACE)",
+    ),
 ];
 
 /// Serves until the listener's thread ends.
@@ -281,7 +285,11 @@ fn resident() -> u64 {
 
 fn prometheus(shared: &Shared, query: &Query<'_>) -> String {
     refresh(shared);
-    shared.registry.prometheus(query.has("usedonly"))
+    // One pod's, as its own sidecar would serve them.
+    if let Some(pod) = query.get("pod") {
+        return shared.registry.istio.prometheus(Some(&pod));
+    }
+    shared.registry.prometheus(query.has("usedonly")) + &shared.registry.istio.prometheus(None)
 }
 
 fn stats(shared: &Shared, query: &Query<'_>) -> Answer {

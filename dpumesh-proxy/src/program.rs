@@ -643,6 +643,8 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
 /// Makes `config` (or the one already there) the one in force and tells the workers.
 fn commit(shared: &Shared, workers: &[Running], config: Option<Arc<Config>>, opened: Opened) {
     let before = shared.config.load_full();
+    let pods = &config.as_ref().unwrap_or(&before).workloads;
+    shared.registry.istio.keep(pods.values());
     // Whoever sees the new configuration finds its addresses.
     *lock(&shared.bound) = opened.bound;
     if let Some(config) = config {

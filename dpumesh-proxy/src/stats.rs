@@ -222,6 +222,13 @@ members! {
 }
 
 members! {
+    /// `dpumesh.istio.*`: Istio's metrics themselves. Envoy has no such thing.
+    Istio {
+        SeriesOverflow = "series_overflow" Counter,
+    }
+}
+
+members! {
     /// `ingress.PORT.*`: the connections that came in by one port of the dataplane. Envoy has no such thing.
     Ingress {
         CxTotal = "downstream_cx_total" Counter,
@@ -353,6 +360,8 @@ impl Scope {
 pub struct Registry {
     shards: usize,
     scopes: Mutex<BTreeMap<String, Arc<Scope>>>,
+    /// Istio's metrics, which have labels of their own.
+    pub istio: crate::istio::Metrics,
 }
 
 impl Registry {
@@ -361,6 +370,7 @@ impl Registry {
         Self {
             shards: workers + 1,
             scopes: Mutex::default(),
+            istio: crate::istio::Metrics::default(),
         }
     }
 
@@ -400,6 +410,7 @@ impl Registry {
 
     /// Sets every counter to zero (gauges stay): a racing increment may survive or be lost.
     pub fn reset_counters(&self) {
+        self.istio.reset();
         let scopes: Vec<_> = self
             .scopes
             .lock()

@@ -19,12 +19,13 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::config::model::{Balance, Cluster, ClusterKind, Protocol};
+use crate::config::model::{Balance, Cluster, ClusterKind, Endpoint, Protocol};
 use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
+use crate::istio::Workload;
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
-use crate::tls::{ClientContext, Protocols, Secrets, Stream};
+use crate::tls::{self, ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
 
 /// Idle connections kept for one (endpoint, source address), at most.
@@ -56,6 +57,8 @@ pub struct EndpointLane {
     pub address: SocketAddr,
     /// TLS to it; `None` for plain TCP.
     pub tls: Option<Arc<ClientContext>>,
+    /// Who serves there.
+    pub workload: Option<Arc<Workload>>,
     active: Cell<u32>,
     idle: RefCell<Vec<Pooled>>,
     keyed: RefCell<HashMap<Key, Vec<Pooled>>>,
@@ -88,6 +91,8 @@ pub struct Pooled {
     pub stream: Stream,
     /// Requests it has served.
     pub requests: u64,
+    /// The SPIFFE id that the endpoint's certificate has.
+    pub principal: Option<Arc<str>>,
     since: Instant,
     /// Of a stream of HTTP/2 the connection is counted, not the stream.
     _open: Option<Open>,
@@ -112,6 +117,7 @@ impl Drop for Open {
 impl Pooled {
     fn of_stream(stream: Stream, open: Open) -> Self {
         Self {
+            principal: tls::principal(&stream),
             stream,
             requests: 0,
             since: Instant::now(),
@@ -121,6 +127,7 @@ impl Pooled {
 
     fn of_call(call: Call) -> Self {
         Self {
+            principal: call.principal(),
             stream: Stream::Call(Box::new(call)),
             requests: 0,
             since: Instant::now(),
@@ -181,20 +188,17 @@ impl Lane {
             }
             _ => HashMap::new(),
         };
-        let endpoint = |address: SocketAddr, tls: Option<&Arc<ClientContext>>| {
+        let endpoint = |e: &Endpoint| {
+            let (address, tls) = (e.address, e.tls.as_ref());
             let old = if known.is_empty() {
                 kept(address)
             } else {
                 known.get(&address).map(Rc::clone)
             };
-            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls));
-            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned())))
+            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls) && old.workload == e.workload);
+            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned(), e.workload.clone())))
         };
-        let endpoints = cluster
-            .endpoints
-            .iter()
-            .map(|e| endpoint(e.address, e.tls.as_ref()))
-            .collect();
+        let endpoints = cluster.endpoints.iter().map(endpoint).collect();
         let originals = match before {
             Some(lane)
                 if cluster.kind == ClusterKind::OriginalDst
@@ -251,7 +255,7 @@ impl Lane {
         let mut originals = self.originals.borrow_mut();
         let endpoint = originals
             .entry(address)
-            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone())));
+            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone(), None)));
         Rc::clone(endpoint)
     }
 
@@ -509,16 +513,22 @@ impl Drop for Waiting<'_> {
 }
 
 impl EndpointLane {
-    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>) -> Self {
+    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>, workload: Option<Arc<Workload>>) -> Self {
         Self {
             address,
             tls,
+            workload,
             active: Cell::new(0),
             idle: RefCell::default(),
             keyed: RefCell::default(),
             idle_keyed: Cell::new(0),
             http2: Pool::default(),
         }
+    }
+
+    /// Whether it is a peer of the mesh, reached by a pod's own certificate: such a one is told who calls.
+    pub fn is_in_mesh(&self) -> bool {
+        self.workload.is_some() && self.tls.as_ref().is_some_and(|tls| tls.by_pod())
     }
 
     /// What a connection for `peer` may be used for again; `None` for all.

@@ -28,6 +28,7 @@ use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
 use crate::http1::{self, buffer::Buffer};
+use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
 use crate::rbac;
@@ -89,6 +90,10 @@ pub struct Worker {
     pub lines: RefCell<Lines>,
     /// The `date` of this second.
     pub date: RefCell<Date>,
+    /// Its share of Istio's metrics.
+    pub reporter: RefCell<Reporter>,
+    /// `dpumesh.istio.*`
+    pub istio: Arc<Scope>,
     program: RefCell<Rc<Program>>,
     generation: Cell<u64>,
     draining: Cell<Option<(Instant, Instant)>>,
@@ -217,6 +222,8 @@ impl Worker {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
+            reporter: RefCell::default(),
+            istio: start.registry.scope("dpumesh.istio", stats::Istio::TABLE),
             program: RefCell::new(Rc::new(Program::new(config, shard, &start.secrets, None))),
             generation: Cell::new(generation),
             draining: Cell::new(None),
@@ -295,6 +302,9 @@ impl Worker {
 
     fn apply(&self, config: Arc<Config>) {
         let before = self.program();
+        if before.config.workloads != config.workloads {
+            self.reporter.borrow_mut().clear();
+        }
         self.generation.set(config.generation);
         *self.program.borrow_mut() = Rc::new(Program::new(config, self.shard, &self.secrets, Some(&before)));
     }

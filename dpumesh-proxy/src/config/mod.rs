@@ -10,6 +10,7 @@ pub mod ads;
 pub mod dump;
 pub mod files;
 mod http_filters;
+mod istio;
 mod made;
 pub mod model;
 mod rbac;

@@ -73,6 +73,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "filter_chain_matcher",
             "listener_filters_timeout",
             "continue_on_listener_filters_timeout",
+            "traffic_direction",
         ],
     ),
     ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
@@ -500,6 +501,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.cluster.v3.Cluster",
         &[
+            "metadata",
             "name",
             "alt_stat_name",
             "type",
@@ -829,11 +831,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
     ),
     (
         "envoy.config.listener.v3.Listener",
-        "traffic_direction",
-        "a label",
-    ),
-    (
-        "envoy.config.listener.v3.Listener",
         "per_connection_buffer_limit_bytes",
         "buffers here are fixed and smaller",
     ),
@@ -922,11 +919,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "pack_trace_reason",
         "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.config.cluster.v3.Cluster",
-        "metadata",
-        "no filter reads it",
     ),
     (
         "envoy.config.cluster.v3.Cluster",

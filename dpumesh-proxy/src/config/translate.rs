@@ -16,11 +16,12 @@ use dpumesh_hw::stream::kernel::SocketOptions;
 use super::ConfigError;
 use super::files::Service;
 use super::http_filters;
+use super::istio;
 use super::made::Made;
 use super::model::{Balance, ClusterRef, Endpoint, schedule};
 use super::model::{
-    ChainMatch, Cluster, ClusterKind, Codec, FilterChain, Http2, HttpManager, Limits, Listener, OriginalSrc,
-    Protocol, ServerHeader, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
+    ChainMatch, Cluster, ClusterKind, Codec, Direction, FilterChain, Http2, HttpManager, Limits, Listener,
+    OriginalSrc, Protocol, ServerHeader, TcpProxy, Terminal, Underscores, Weighted, cluster_ref,
 };
 use super::resource::Item;
 use super::schema::At;
@@ -202,6 +203,11 @@ impl Context<'_> {
                 .map(|c| self.filter_chain(&c, &scope, dynamic).map(Arc::new))
                 .transpose()?,
             access_log: self.access_logs(at)?,
+            direction: match at.choice("traffic_direction").as_str() {
+                "INBOUND" => Some(Direction::Inbound),
+                "OUTBOUND" => Some(Direction::Outbound),
+                _ => None,
+            },
             fingerprint: fingerprint(at),
             frame: frame(at),
             stats: self.registry.scope(&scope, stats::Listener::TABLE),
@@ -497,6 +503,8 @@ impl Context<'_> {
         Ok(Arc::new(Cluster {
             stats: self.registry.scope(&scope, stats::Cluster::TABLE),
             tls: sockets.of(&[]),
+            service: istio::service(at),
+            workloads: istio::workloads(at, &self.registry.istio)?,
             name,
             kind,
             balance,
@@ -828,7 +836,7 @@ fn limits(at: &At) -> Result<Limits> {
 }
 
 /// Fields of a `google.protobuf.Struct`.
-type Fields = Vec<(String, Value)>;
+pub(super) type Fields = Vec<(String, Value)>;
 
 /// TLS to an endpoint; `None` for plain TCP.
 type Way = Option<Arc<ClientContext>>;
@@ -867,7 +875,7 @@ impl Sockets {
 }
 
 /// The fields of a `google.protobuf.Struct`.
-fn fields(at: &At) -> Vec<(String, Value)> {
+pub(super) fn fields(at: &At) -> Vec<(String, Value)> {
     let value = at.message.get_field_by_name("fields");
     let Some(Value::Map(map)) = value.as_deref() else {
         return Vec::new();
@@ -877,8 +885,8 @@ fn fields(at: &At) -> Vec<(String, Value)> {
     map.iter().filter_map(field).collect()
 }
 
-/// What an endpoint's metadata says of its transport.
-fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
+/// What the metadata of an endpoint or cluster says under `key`.
+pub(super) fn metadata(entry: &At, key: &str) -> Fields {
     let Some(metadata) = entry.message("metadata") else {
         return Vec::new();
     };
@@ -886,10 +894,7 @@ fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
     let Some(Value::Map(map)) = value.as_deref() else {
         return Vec::new();
     };
-    let of_transport = map
-        .iter()
-        .find(|(key, _)| key.as_str() == Some("envoy.transport_socket_match"));
-    match of_transport {
+    match map.iter().find(|(k, _)| k.as_str() == Some(key)) {
         Some((_, Value::Message(message))) => fields(&At::new(message.clone(), "")),
         _ => Vec::new(),
     }
@@ -922,7 +927,8 @@ fn endpoints(assignment: &At, sockets: &Sockets) -> Result<Vec<Endpoint>> {
                     address,
                     weight,
                     healthy,
-                    tls: sockets.of(&transport_metadata(&entry)),
+                    tls: sockets.of(&metadata(&entry, "envoy.transport_socket_match")),
+                    workload: istio::workload(&entry),
                 });
             }
         }

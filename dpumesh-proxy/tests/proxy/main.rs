@@ -6,6 +6,7 @@ mod framing;
 mod harness;
 mod http;
 mod http2;
+mod istio_metrics;
 mod load;
 mod mesh;
 mod mesh_policy;

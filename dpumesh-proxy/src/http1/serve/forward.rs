@@ -56,6 +56,8 @@ impl Session {
                 return self.reply(buffers, reply).await;
             };
             let address = picked.endpoint.address;
+            let reported = self.reporting.is_some();
+            let workload = || picked.endpoint.workload.clone().filter(|_| reported);
             let turn = if active.is_none() && is_full(lane) {
                 stats.inc(shard, ClusterStat::RqPendingOverflow);
                 Turn::Broken(Broken::NotConnected(NoConnection::Overflow))
@@ -67,6 +69,7 @@ impl Session {
             let (broken, pause) = match turn {
                 Turn::Done(mut outcome) => {
                     outcome.upstream = Some(address);
+                    outcome.workload = workload();
                     outcome.exhausted = attempts.exhausted;
                     return outcome;
                 }
@@ -94,6 +97,7 @@ impl Session {
                 let body = RequestBody::behind(flow.as_ref());
                 let mut outcome = self.broken(buffers, lane, broken, address, body).await;
                 outcome.exhausted = attempts.exhausted;
+                outcome.workload = workload();
                 return outcome;
             }
             call.rewrite.attempt = attempts.number;
@@ -147,6 +151,7 @@ impl Session {
                 stats.inc(shard, ClusterStat::RqTotal);
             }
             let trailers = self.stream.is_http2() && connection.stream.is_http2();
+            call.rewrite.to_mesh = picked.endpoint.is_in_mesh();
             let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take(), trailers) {
                 Ok(flow) => flow,
                 Err((flow, failure)) => {
@@ -210,6 +215,10 @@ impl Session {
 }
 
 /// What came of one attempt.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack; a box would be an allocation per request"
+)]
 enum Turn {
     /// The request has been answered.
     Done(Outcome),

@@ -7,7 +7,7 @@
 //! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `filters` are
 //! rules, faults and CORS, `forward` picks endpoint and connection, again if `attempts` says so, `exchange` sends the request until a response head is there, `respond` passes the
 //! response on, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
-//! `logged` counts and logs. All memory is the worker's: between requests a connection holds its socket and little
+//! `logged` counts and logs, `reported` makes Istio's metrics. All memory is the worker's: between requests a connection holds its socket and little
 //! else.
 
 mod attempts;
@@ -19,6 +19,7 @@ mod local;
 mod logged;
 mod read;
 mod redirect;
+pub(crate) mod reported;
 mod request;
 mod respond;
 mod view;
@@ -36,8 +37,9 @@ use tokio::time::Instant;
 use self::local::Reply;
 use self::read::Next;
 use crate::alarm::{Alarm, earlier};
-use crate::config::model::{Codec, HttpManager, Terminal};
+use crate::config::model::{Cluster, Codec, HttpManager, Terminal};
 use crate::http2::{self, serve::Begun};
+use crate::istio::{Reporting, Workload};
 use crate::stats::Http as Stat;
 use crate::tls::Stream;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
@@ -143,7 +145,9 @@ impl Session {
         place: Place,
         manager: Arc<HttpManager>,
     ) -> Self {
+        let reporting = Reporting::of(&program.config, &place.listener, &peer);
         Self {
+            reporting,
             worker,
             entry,
             stream,
@@ -183,6 +187,8 @@ struct Session {
     place: Place,
     manager: Arc<HttpManager>,
     program: Rc<Program>,
+    /// The local pod, and whether it is client or server, where Istio's metrics are made of it.
+    reporting: Option<Reporting>,
     alarm: Alarm,
     served: u64,
     /// The listener is gone or has changed: the next response is the last.
@@ -211,6 +217,18 @@ struct Outcome {
     transport_failure: Option<String>,
     cluster: Option<Arc<str>>,
     has_response: bool,
+    /// Octets sent to the client, head included.
+    wire_sent: u64,
+    /// gRPC's status, where the proxy said it.
+    grpc_status: Option<u32>,
+    /// The response's trailers, where they were passed on.
+    trailers: Option<Vec<u8>>,
+    /// The cluster the request went to, where Istio's metrics ask for it; so too the endpoint's workload and principal, and
+    /// whether it was reached by TLS.
+    to: Option<Arc<Cluster>>,
+    workload: Option<Arc<Workload>>,
+    principal: Option<Arc<str>>,
+    by_tls: bool,
 }
 
 impl Outcome {
@@ -229,6 +247,13 @@ impl Outcome {
             transport_failure: None,
             cluster: None,
             has_response: false,
+            wire_sent: 0,
+            grpc_status: None,
+            trailers: None,
+            to: None,
+            workload: None,
+            principal: None,
+            by_tls: false,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::http1::head::Refusal;
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::http2::PREFACE;
+use crate::istio::Reporting;
 use crate::route::{Action, Forward, HeaderChanges, Route, Target};
 use crate::stats::Http as Stat;
 use crate::worker::{Buffers, Program};
@@ -81,7 +82,9 @@ impl Session {
         let program = Rc::clone(&self.program);
         manager.stats.inc(self.worker.shard, Stat::RqTotal);
         manager.stats.inc(self.worker.shard, Stat::RqActive);
+        let reporting = self.reporting.clone();
         let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
+        rewrite.reporting = reporting.as_ref();
         let refused = self
             .refused_by_rule(buffers, &manager)
             .or_else(|| normalize(buffers, &manager));
@@ -91,6 +94,9 @@ impl Session {
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
         self.count(&outcome);
+        if let Some(reporting) = &reporting {
+            self.report(buffers, &rewrite, &outcome, reporting, begun.elapsed());
+        }
         if !manager.access_log.is_empty() {
             self.log_request(buffers, &rewrite, &outcome, (wall, begun));
         }
@@ -120,6 +126,7 @@ impl Session {
             Some((place, manager)) => {
                 self.manager = manager.unwrap_or_else(|| Arc::clone(&self.manager));
                 self.place = place;
+                self.reporting = Reporting::of(&program.config, &self.place.listener, &self.peer);
                 self.program = program;
             }
             None => self.closing = true,
@@ -298,6 +305,9 @@ impl Session {
             }
         };
         outcome.cluster = cluster.map(|c| Arc::clone(&c.name));
+        if self.reporting.is_some() {
+            outcome.to = lane.map(|lane| Arc::clone(&lane.cluster));
+        }
         outcome
     }
 }

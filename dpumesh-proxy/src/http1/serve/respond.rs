@@ -65,6 +65,7 @@ impl Session {
             .iter()
             .any(|l| l.asks_for_upstream_local());
         let local = asked.then(|| connection.stream.local_addr()).flatten();
+        let principal = connection.principal.clone().filter(|_| self.reporting.is_some());
         let relayed = self.relay(
             buffers,
             call,
@@ -83,6 +84,10 @@ impl Session {
         let mut outcome = Outcome::new(status, "");
         outcome.has_response = true;
         outcome.upstream_local = local;
+        outcome.principal = principal;
+        outcome.by_tls = picked.endpoint.tls.is_some();
+        outcome.wire_sent = response.wire_out;
+        outcome.trailers = response.take_trailers();
         outcome.details = Cow::Borrowed("via_upstream");
         outcome.received = request.body;
         outcome.sent = response.body;
