@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 
 use crate::access_log::timestamp;
 use crate::config::model::{Balance, ClusterKind, Config};
+use crate::histogram::QUANTILES;
 use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
 use crate::program::{Refused, Shared, State};
@@ -53,7 +54,7 @@ const PATHS: &[(&str, &str, &str)] = &[
     (
         "/stats",
         "GET",
-        "counters and gauges (?usedonly, ?filter=RE, ?type=Counters|Gauges, ?format=json|prometheus)",
+        "counters, gauges, histograms (?usedonly, ?filter=RE, ?type=Counters|Gauges|Histograms, ?format=json|prometheus)",
     ),
     (
         "/stats/prometheus",
@@ -303,6 +304,15 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
     refresh(shared);
     let (used, kind) = (query.has("usedonly"), query.get("type"));
     let mut all: Vec<(String, u64)> = Vec::new();
+    let mut histograms: Vec<(String, Option<[f64; 10]>)> = Vec::new();
+    shared.registry.each_histogram(|scope, member, seen| {
+        let name = format!("{scope}.{member}");
+        let kind_fits = matches!(kind.as_deref(), None | Some("Histograms" | "All"));
+        if kind_fits && (!used || seen.count() > 0) && filter.as_ref().is_none_or(|f| f.is_match(&name)) {
+            histograms.push((name, seen.quantiles()));
+        }
+    });
+    histograms.sort_by(|a, b| a.0.cmp(&b.0));
     shared.registry.each(|scope, member, member_kind, value| {
         let name = format!("{scope}.{member}");
         let kind_fits = match kind.as_deref() {
@@ -320,6 +330,7 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
         let all: Vec<Value> = all
             .into_iter()
             .map(|(name, value)| json!({"name": name, "value": value}))
+            .chain((!histograms.is_empty()).then(|| histograms_json(&histograms)))
             .collect();
         return Answer::json(&json!({"stats": all}));
     }
@@ -327,7 +338,51 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
     for (name, value) in all {
         let _ = writeln!(text, "{name}: {value}");
     }
+    for (name, quantiles) in histograms {
+        let _ = writeln!(text, "{name}: {}", summary(quantiles));
+    }
     Answer::text(200, text)
+}
+
+/// As Envoy has it: the value of the last interval, which is not kept here, and the one of all time.
+fn summary(quantiles: Option<[f64; 10]>) -> String {
+    let Some(values) = quantiles else {
+        return "No recorded values".to_owned();
+    };
+    let each = QUANTILES.iter().zip(values);
+    let each: Vec<String> = each
+        .map(|(quantile, value)| format!("P{}(nan,{})", percent(*quantile), rounded(value)))
+        .collect();
+    each.join(" ")
+}
+
+fn percent(quantile: f64) -> f64 {
+    (quantile * 1000.0).round() / 10.0
+}
+
+/// Without the last digits, which are of the arithmetic.
+fn rounded(value: f64) -> f64 {
+    format!("{value:.12e}").parse().unwrap_or(value)
+}
+
+fn histograms_json(histograms: &[(String, Option<[f64; 10]>)]) -> Value {
+    let computed = histograms.iter().map(|(name, quantiles)| {
+        let values: Vec<Value> = match quantiles {
+            Some(values) => values
+                .iter()
+                .map(|v| json!({"interval": null, "cumulative": rounded(*v)}))
+                .collect(),
+            None => QUANTILES
+                .iter()
+                .map(|_| json!({"interval": null, "cumulative": null}))
+                .collect(),
+        };
+        json!({"name": name, "values": values})
+    });
+    json!({"histograms": {
+        "supported_quantiles": QUANTILES.map(percent),
+        "computed_quantiles": computed.collect::<Vec<Value>>(),
+    }})
 }
 
 fn clusters(config: &Config, query: &Query<'_>) -> Answer {

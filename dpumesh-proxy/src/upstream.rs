@@ -103,11 +103,13 @@ pub struct Pooled {
 struct Open {
     stats: Arc<Scope>,
     shard: Shard,
+    begun: Instant,
     freed: Rc<Freed>,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
+        self.stats.record_since(self.shard, Stat::CxLength, self.begun);
         self.stats.dec(self.shard, Stat::CxActive);
         self.stats.inc(self.shard, Stat::CxDestroy);
         self.freed.wake_one();
@@ -364,14 +366,19 @@ impl Lane {
         let (stats, shard) = (&self.cluster.stats, self.shard);
         stats.inc(shard, Stat::CxTotal);
         stats.inc(shard, Stat::CxActive);
+        let begun = Instant::now();
         let open = Open {
             stats: Arc::clone(stats),
             shard,
+            begun,
             freed: Rc::clone(&self.freed),
         };
         let attempt = async { begin(self.open(&picked.endpoint, peer).await?, open).await };
         let failure = match timeout(self.cluster.connect_timeout, attempt).await {
-            Ok(Ok(pooled)) => return Ok(pooled),
+            Ok(Ok(pooled)) => {
+                stats.record_since(shard, Stat::CxConnect, begun);
+                return Ok(pooled);
+            }
             Ok(Err(error)) => NoConnection::Failed(error),
             Err(_) => {
                 stats.inc(shard, Stat::CxConnectTimeout);

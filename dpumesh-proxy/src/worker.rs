@@ -568,6 +568,7 @@ async fn connection(
     }
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
+    let begun = Instant::now();
     let place = Place { listener, chain };
     match terminal {
         Terminal::Http(manager) => serve::serve(worker, program, entry, stream, peer, place, manager).await,
@@ -575,6 +576,7 @@ async fn connection(
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);
+    stats.record_since(shard, stats::Listener::CxLength, begun);
 }
 
 /// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.

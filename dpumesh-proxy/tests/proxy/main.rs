@@ -11,6 +11,7 @@ mod load;
 mod mesh;
 mod mesh_policy;
 mod netns;
+mod observe;
 mod policy;
 mod reload;
 mod stream;

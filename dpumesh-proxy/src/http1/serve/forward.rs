@@ -4,6 +4,7 @@
 //! new connection, if the endpoint has not seen any of it or if seeing it twice does no harm. That is no retry in the
 //! sense of the route's policy; where the policy covers the case, it alone decides.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -29,12 +30,26 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) changes: Changes<'r>,
     pub(super) rewrite: &'r mut Rewrite<'a>,
     pub(super) begun: Instant,
+    /// When all of the request had come, and when all of it had been sent.
+    pub(super) complete: Cell<Option<Instant>>,
+    pub(super) sent: Cell<Option<Instant>>,
     /// When the response must be complete.
     pub(super) deadline: Option<Instant>,
     /// When the response to this attempt must have begun.
     pub(super) try_deadline: Option<Instant>,
     /// Octets of the head that stands in the buffer for the endpoint.
     pub(super) head_length: usize,
+}
+
+impl Forwarding<'_, '_> {
+    /// All of the request has been sent, and so had come.
+    pub(super) fn note_sent(&self) {
+        let now = Instant::now();
+        self.sent.set(Some(now));
+        if self.complete.get().is_none() {
+            self.complete.set(Some(now));
+        }
+    }
 }
 
 impl Session {

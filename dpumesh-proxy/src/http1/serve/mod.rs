@@ -54,7 +54,7 @@ pub async fn serve(
     place: Place,
     manager: Arc<HttpManager>,
 ) {
-    let (stats, shard) = (Arc::clone(&manager.stats), worker.shard);
+    let (stats, shard, begun) = (Arc::clone(&manager.stats), worker.shard, Instant::now());
     stats.inc(shard, Stat::CxTotal);
     stats.inc(shard, Stat::CxActive);
     if speaks_http2(&manager, &peer) {
@@ -72,6 +72,7 @@ pub async fn serve(
     }
     stats.dec(shard, Stat::CxActive);
     stats.inc(shard, Stat::CxDestroy);
+    stats.record_since(shard, Stat::CxLength, begun);
 }
 
 /// Whether the connection begins with HTTP/2 for sure. Without ALPN only its first octets tell.

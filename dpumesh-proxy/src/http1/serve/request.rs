@@ -1,5 +1,6 @@
 //! What becomes of one request: refuse it, answer it here, or forward it; then count and log it.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,7 +14,7 @@ use super::redirect::location;
 use super::view::View;
 use super::{Outcome, Session, same_place};
 use crate::config::model::{ClusterRef, Codec, HttpManager, Underscores};
-use crate::http1::head::Refusal;
+use crate::http1::head::{Framing, Refusal};
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::http2::PREFACE;
@@ -93,6 +94,7 @@ impl Session {
             None => self.route(buffers, &manager, &program, &mut rewrite, begun).await,
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
+        manager.stats.record_since(self.worker.shard, Stat::RqTime, begun);
         self.count(&outcome);
         if let Some(reporting) = &reporting {
             self.report(buffers, &rewrite, &outcome, reporting, begun.elapsed());
@@ -284,6 +286,7 @@ impl Session {
                 let levels = [of_cluster, Some(of_route), Some(of_host), Some(of_table)];
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
+                let bodiless = buffers.request.fields.framing == Framing::None;
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
@@ -292,6 +295,8 @@ impl Session {
                     changes,
                     rewrite,
                     begun,
+                    complete: Cell::new(bodiless.then_some(begun)),
+                    sent: Cell::default(),
                     deadline,
                     try_deadline: None,
                     head_length: 0,

@@ -100,6 +100,10 @@ impl Session {
                 if reusable {
                     call.lane.give_back(picked, &self.peer, connection);
                 }
+                // As in Envoy: what answers before it has heard all has no time.
+                if let Some(complete) = call.complete.get() {
+                    stats.record_since(shard, ClusterStat::RqTime, complete);
+                }
                 if !sent {
                     call.manager.stats.inc(shard, Stat::RqEarlyResponse);
                 }
@@ -176,7 +180,10 @@ impl Session {
             }
             if !*sent {
                 match request.poll(cx, stream, &mut connection.stream, request_in, request_out) {
-                    Poll::Ready(Ok(())) => *sent = true,
+                    Poll::Ready(Ok(())) => {
+                        *sent = true;
+                        call.note_sent();
+                    }
                     Poll::Ready(Err(FlowError::Write(_))) | Poll::Pending => {}
                     Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Client)),
                 }
