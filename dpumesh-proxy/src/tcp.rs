@@ -54,7 +54,7 @@ pub(crate) async fn relay(
         let reporting = reporting.as_ref()?;
         Some(series(&worker, reporting, &peer, lane, server, flags))
     };
-    let mut open = None;
+    let (mut open, mut principal) = (None, None);
     match lane {
         None => {
             stats.inc(shard, Stat::CxNoRoute);
@@ -89,6 +89,7 @@ pub(crate) async fn relay(
                 None => client.reset_on_close(),
                 Some((picked, server)) => {
                     end.flags = "";
+                    principal = server.principal.clone();
                     open = reported(Some(&**lane), Some((&picked, &server)), "");
                     if let Some(open) = &open {
                         open.opened();
@@ -136,6 +137,9 @@ pub(crate) async fn relay(
         ingress: peer.ingress,
         extra: Extra {
             server_name: peer.connection.server_name.as_deref(),
+            connection: Some(&peer.connection),
+            chain: Some(&place.chain.name),
+            upstream_peer: principal.as_deref(),
             ..Extra::default()
         },
     };

@@ -6,6 +6,7 @@
 //! [`files::Files`] holds the last good text of every file; a change is tried as a whole and takes effect as a whole, or
 //! not at all.
 
+mod access_log;
 pub mod ads;
 pub mod dump;
 pub mod files;

@@ -123,7 +123,7 @@ pub(super) fn fault(at: &At) -> Result<Fault> {
 }
 
 /// `FractionalPercent`; unset is 0 of 100.
-fn percentage(at: &At, field: &str) -> Result<Percentage> {
+pub(super) fn percentage(at: &At, field: &str) -> Result<Percentage> {
     let Some(percent) = at.message(field) else {
         return Ok(Percentage {
             numerator: 0,

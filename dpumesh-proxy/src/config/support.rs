@@ -548,10 +548,41 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         &["endpoint", "health_status", "load_balancing_weight", "metadata"],
     ),
     ("envoy.config.endpoint.v3.Endpoint", &["address"]),
-    ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
+    (
+        "envoy.config.accesslog.v3.AccessLog",
+        &["name", "filter", "typed_config"],
+    ),
+    (
+        "envoy.config.accesslog.v3.AccessLogFilter",
+        &[
+            "status_code_filter",
+            "duration_filter",
+            "not_health_check_filter",
+            "runtime_filter",
+            "and_filter",
+            "or_filter",
+            "header_filter",
+            "response_flag_filter",
+            "grpc_status_filter",
+        ],
+    ),
+    ("envoy.config.accesslog.v3.StatusCodeFilter", &["comparison"]),
+    ("envoy.config.accesslog.v3.DurationFilter", &["comparison"]),
+    ("envoy.config.accesslog.v3.ComparisonFilter", &["op", "value"]),
+    ("envoy.config.core.v3.RuntimeUInt32", &["default_value"]),
+    ("envoy.config.accesslog.v3.NotHealthCheckFilter", &[]),
+    ("envoy.config.accesslog.v3.RuntimeFilter", &["percent_sampled"]),
+    ("envoy.config.accesslog.v3.AndFilter", &["filters"]),
+    ("envoy.config.accesslog.v3.OrFilter", &["filters"]),
+    ("envoy.config.accesslog.v3.HeaderFilter", &["header"]),
+    ("envoy.config.accesslog.v3.ResponseFlagFilter", &["flags"]),
+    (
+        "envoy.config.accesslog.v3.GrpcStatusFilter",
+        &["statuses", "exclude"],
+    ),
     (
         "envoy.extensions.access_loggers.file.v3.FileAccessLog",
-        &["path", "format", "log_format"],
+        &["path", "format", "json_format", "typed_json_format", "log_format"],
     ),
     (
         "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
@@ -563,7 +594,12 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.SubstitutionFormatString",
-        &["text_format", "text_format_source"],
+        &[
+            "text_format",
+            "text_format_source",
+            "json_format",
+            "omit_empty_values",
+        ],
     ),
     (
         "envoy.config.listener.v3.ListenerFilterChainMatchPredicate",
@@ -869,6 +905,21 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
         "stats_for_all_methods",
         "accepted, counts nothing: no statistics by gRPC method are kept",
+    ),
+    (
+        "envoy.config.core.v3.RuntimeUInt32",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
+        "envoy.config.accesslog.v3.RuntimeFilter",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
+        "envoy.config.accesslog.v3.RuntimeFilter",
+        "use_independent_randomness",
+        "it is independent in any case",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",

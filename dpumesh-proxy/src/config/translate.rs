@@ -27,7 +27,7 @@ use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
 use super::{translate_matcher, translate_route};
-use crate::access_log::{AccessLog, Sinks};
+use crate::access_log::Sinks;
 use crate::listener::{Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
@@ -392,45 +392,6 @@ impl Context<'_> {
     fn as_before<T>(&self, find: impl Fn(&Made) -> Option<T>) -> Option<T> {
         let same = self.before.order == self.made.borrow().order;
         if same { find(self.before) } else { None }
-    }
-
-    fn access_logs(&self, at: &At) -> Result<Vec<Arc<AccessLog>>> {
-        at.messages("access_log")
-            .iter()
-            .map(|log| self.access_log(log))
-            .collect()
-    }
-
-    fn access_log(&self, at: &At) -> Result<Arc<AccessLog>> {
-        let Some(config) = at.any("typed_config")? else {
-            return Err(at.refuse("typed_config", "must be given"));
-        };
-        let path = match config.type_name().as_str() {
-            "envoy.extensions.access_loggers.file.v3.FileAccessLog" => config.required_text("path")?,
-            "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog" => "/dev/stdout".to_owned(),
-            "envoy.extensions.access_loggers.stream.v3.StderrAccessLog" => "/dev/stderr".to_owned(),
-            other => return Err(config.refuse("", format!("{other} is not an access logger this proxy has"))),
-        };
-        let mut format = Some(config.text("format")).filter(|f| !f.is_empty());
-        let mut format_path = config.path_of("format");
-        if let Some(log_format) = config.message("log_format") {
-            if log_format.has("text_format") {
-                format = Some(log_format.text("text_format"));
-                format_path = log_format.path_of("text_format");
-            } else if let Some(source) = log_format.message("text_format_source") {
-                let bytes = translate_route::data_source(&source)?;
-                format_path = source.path.clone();
-                let text = String::from_utf8(bytes).map_err(|_| source.refuse("", "must be UTF-8"))?;
-                format = Some(text);
-            }
-        }
-        let sink = self
-            .sinks
-            .open(&path)
-            .map_err(|e| config.refuse("path", format!("cannot be opened: {e}")))?;
-        AccessLog::new(format.as_deref(), sink)
-            .map(Arc::new)
-            .map_err(|e| ConfigError::new(format_path, e))
     }
 
     fn known_cluster(&self, at: &At, field: &str, dynamic: bool) -> Result<ClusterRef> {

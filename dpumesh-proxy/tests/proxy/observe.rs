@@ -1,7 +1,33 @@
-//! What a proxy says of its work: histograms. Each case is checked at Envoy too.
+//! What a proxy says of its work: histograms, access logs. Each case is checked at Envoy too.
 
-use crate::envoy::at_both;
-use crate::harness::{await_true, simple};
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::envoy::{Subject, at_both};
+use crate::harness::{Endpoint, await_true, bootstrap, bootstrap_with, cluster, simple};
+
+const FILE: &str = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog";
+
+fn app(endpoint: &Endpoint) -> String {
+    format!("[{}]", cluster("app", &[endpoint.address], ""))
+}
+
+/// An access log in `folder`, with more fields of the message around it, and the format.
+fn log(folder: &str, name: &str, more: &str, format: &str) -> String {
+    format!(
+        "{{name: file, {more} typed_config: {{\"@type\": {FILE}, path: \"{folder}/{name}\", log_format: {format}}}}}"
+    )
+}
+
+fn lines(subject: &Subject, name: &str, count: usize) -> Vec<String> {
+    let path: PathBuf = subject.folder().join(name);
+    let read = || std::fs::read_to_string(&path).unwrap_or_default();
+    await_true(&format!("{count} lines at {}", subject.name()), || {
+        read().lines().count() >= count
+    });
+    read().lines().map(str::to_owned).collect()
+}
 
 #[test]
 fn histograms_have_envoys_names_and_forms() {
@@ -87,6 +113,223 @@ fn histograms_have_envoys_names_and_forms() {
                 usual.contains("cluster.app.upstream_cx_length_ms: No recorded values\n"),
                 "{usual}"
             );
+        },
+    );
+}
+
+#[test]
+fn text_lines_have_what_envoys_operators_say() {
+    let format = "%REQ(x-a?x-b):3%|%PATH(NQ)%|%PATH(WQ:PATH):6%|%QUERY_PARAM(b)%|%QUERY_PARAM(none)%|\
+                  %GRPC_STATUS%|%GRPC_STATUS_NUMBER%|%DOWNSTREAM_PEER_URI_SAN%|%UPSTREAM_PROTOCOL%|%UPSTREAM_REQUEST_ATTEMPT_COUNT%|\
+                  %UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%|%UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%|%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%|\
+                  %TRAILER(x)%|%RESPONSE_CODE_DETAILS%|%RESPONSE_FLAGS%|%START_TIME(%Y)%%%";
+    let routes = "[{match: {prefix: /direct}, direct_response: {status: 202}}, \
+                  {match: {prefix: /again/}, route: {cluster: app, prefix_rewrite: /, retry_policy: {retry_on: 5xx, num_retries: 1}}}, \
+                  {match: {prefix: /}, route: {cluster: app}}]";
+    at_both(
+        |endpoint, folder| {
+            let format = format!("{{text_format_source: {{inline_string: \"{format}\\n\"}}}}");
+            let log = format!("access_log: [{}]", log(folder, "log", "", &format));
+            bootstrap_with(routes, &app(endpoint), &log, "", "")
+        },
+        |subject, _| {
+            let mut client = subject.client();
+            let requests = [
+                ("/x?a=1&b=22", "x-a: abcdef\r\n"),
+                ("/direct?b=", "x-b: b\r\n"),
+                ("/again/status?503", ""),
+                ("/grpc", "content-type: application/grpc\r\n"),
+            ];
+            for (path, headers) in requests {
+                client.send(format!("GET {path} HTTP/1.1\r\nHost: test\r\n{headers}\r\n"));
+                client.receive();
+            }
+            let wanted = [
+                "abc|/x|/x?a=1|22|-|-|-|-|HTTP/1.1|1|127.0.0.1|127.0.0.1|127.0.0.1|-|via_upstream|-|YEAR%",
+                "b|/direct|/direc||-|-|-|-|-|0|-|-|127.0.0.1|-|direct_response|-|YEAR%",
+                "-|/again/status|/statu|-|-|-|-|-|HTTP/1.1|2|127.0.0.1|127.0.0.1|127.0.0.1|-|via_upstream|URX|YEAR%",
+                "-|/grpc|/grpc|-|-|Unknown|2|-|HTTP/1.1|1|127.0.0.1|127.0.0.1|127.0.0.1|-|via_upstream|-|YEAR%",
+            ];
+            let now = std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap();
+            let year = 1970 + now.as_secs() * 400 / (146_097 * 86_400);
+            for (line, wanted) in lines(subject, "log", wanted.len()).iter().zip(wanted) {
+                let wanted = wanted.replace("YEAR", &year.to_string());
+                assert_eq!(*line, wanted, "{}", subject.name());
+            }
+        },
+    );
+}
+
+#[test]
+fn json_lines_have_numbers_where_there_are_some() {
+    let format = "{b: {code: \"%RESPONSE_CODE%\", text: \"code %RESPONSE_CODE%\", none: \"%REQ(none)%\", mixed: \"a%REQ(none)%\"}, \
+                  a: [\"%REQ(:METHOD)%\", x, 1, true], n: 1.5, quote: \"%REQ(x-q)%\", flags: \"%RESPONSE_FLAGS%\", empty: \"\", \
+                  sent: \"%BYTES_SENT%\", grpc: \"%GRPC_STATUS_NUMBER%\"}";
+    let times = "{d: \"%DURATION%\", rq: \"%REQUEST_DURATION%\", rqtx: \"%REQUEST_TX_DURATION%\", rs: \"%RESPONSE_DURATION%\", \
+                 rstx: \"%RESPONSE_TX_DURATION%\", path: \"%REQ(:PATH)%\"}";
+    at_both(
+        |endpoint, folder| {
+            let logs = [
+                log(folder, "json", "", &format!("{{json_format: {format}}}")),
+                log(
+                    folder,
+                    "omit",
+                    "",
+                    &format!("{{json_format: {format}, omit_empty_values: true}}"),
+                ),
+                log(folder, "times", "", &format!("{{json_format: {times}}}")),
+            ];
+            let routes = "[{match: {prefix: /direct}, direct_response: {status: 202}}, {match: {prefix: /}, route: {cluster: app}}]";
+            let logs = format!("access_log: [{}]", logs.join(", "));
+            bootstrap_with(routes, &app(endpoint), &logs, "", "")
+        },
+        |subject, _| {
+            let mut client = subject.client();
+            client.send("GET /direct HTTP/1.1\r\nHost: test\r\nx-q: a\"b\\\r\n\r\n");
+            assert_eq!(client.receive().status(), 202);
+            client.send("POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nhi");
+            assert_eq!(client.receive().status(), 200);
+            assert_eq!(
+                lines(subject, "json", 2)[0],
+                "{\"a\":[\"GET\",\"x\",1,true],\"b\":{\"code\":202,\"mixed\":\"a-\",\"none\":null,\"text\":\"code 202\"},\"empty\":\"\",\
+                 \"flags\":\"-\",\"grpc\":null,\"n\":\"1.5\",\"quote\":\"a\\\"b\\\\\",\"sent\":0}",
+                "{}",
+                subject.name()
+            );
+            assert_eq!(
+                lines(subject, "omit", 2)[0],
+                "{\"a\":[\"GET\",\"x\",1,true],\"b\":{\"code\":202,\"mixed\":\"a\",\"text\":\"code 202\"},\"empty\":\"\",\
+                 \"flags\":\"-\",\"n\":\"1.5\",\"quote\":\"a\\\"b\\\\\",\"sent\":0}",
+                "{}",
+                subject.name()
+            );
+            let times: Vec<Value> = lines(subject, "times", 2)
+                .iter()
+                .map(|l| serde_json::from_str(l).unwrap())
+                .collect();
+            let direct = &times[0];
+            assert!(direct["rq"].is_u64(), "{direct} at {}", subject.name());
+            for absent in ["rqtx", "rs", "rstx"] {
+                assert_eq!(direct[absent], Value::Null, "{direct} at {}", subject.name());
+            }
+            let number = |name: &str| {
+                times[1][name]
+                    .as_u64()
+                    .unwrap_or_else(|| panic!("{}: {}", subject.name(), times[1]))
+            };
+            let order = ["rq", "rqtx", "rs", "d"].map(number);
+            assert!(order.is_sorted(), "{}", times[1]);
+            assert!(number("rstx") <= number("d"), "{}", times[1]);
+        },
+    );
+}
+
+/// Filters, and what they let through of `/ok`, `/status?404`, `/status?503`, `/none` and `/header`, in order.
+const FILTERS: &[(&str, &[usize])] = &[
+    (
+        "status_code_filter: {comparison: {op: GE, value: {default_value: 404, runtime_key: k}}}",
+        &[1, 2, 3],
+    ),
+    (
+        "status_code_filter: {comparison: {op: EQ, value: {default_value: 404, runtime_key: k}}}",
+        &[1, 3],
+    ),
+    (
+        "status_code_filter: {comparison: {op: LE, value: {default_value: 404, runtime_key: k}}}",
+        &[0, 1, 3, 4],
+    ),
+    (
+        "status_code_filter: {comparison: {op: NE, value: {default_value: 200, runtime_key: k}}}",
+        &[1, 2, 3],
+    ),
+    (
+        "duration_filter: {comparison: {op: GE, value: {default_value: 60000, runtime_key: k}}}",
+        &[],
+    ),
+    (
+        "duration_filter: {comparison: {op: LE, value: {default_value: 60000, runtime_key: k}}}",
+        &[0, 1, 2, 3, 4],
+    ),
+    ("not_health_check_filter: {}", &[0, 1, 2, 3, 4]),
+    (
+        "runtime_filter: {runtime_key: k, percent_sampled: {numerator: 100}}",
+        &[0, 1, 2, 3, 4],
+    ),
+    (
+        "runtime_filter: {runtime_key: k, percent_sampled: {numerator: 0}}",
+        &[],
+    ),
+    (
+        "header_filter: {header: {name: x-log, string_match: {exact: 'yes'}}}",
+        &[4],
+    ),
+    (
+        "header_filter: {header: {name: x-log, present_match: true, invert_match: true}}",
+        &[0, 1, 2, 3],
+    ),
+    ("response_flag_filter: {flags: [NR]}", &[3]),
+    ("response_flag_filter: {}", &[3]),
+    (
+        "and_filter: {filters: [{status_code_filter: {comparison: {op: GE, value: {default_value: 400, runtime_key: k}}}}, \
+         {response_flag_filter: {flags: [NR, UF]}}]}",
+        &[3],
+    ),
+    (
+        "or_filter: {filters: [{status_code_filter: {comparison: {op: GE, value: {default_value: 500, runtime_key: k}}}}, \
+         {header_filter: {header: {name: x-log, present_match: true}}}]}",
+        &[2, 4],
+    ),
+    ("grpc_status_filter: {statuses: [UNAVAILABLE]}", &[2]),
+    (
+        "grpc_status_filter: {statuses: [UNIMPLEMENTED], exclude: true}",
+        &[0, 2, 4],
+    ),
+];
+
+#[test]
+fn filters_say_what_is_logged() {
+    let asked = ["/ok", "/status?404", "/status?503", "/none", "/header"];
+    at_both(
+        |endpoint, folder| {
+            let format = "{text_format_source: {inline_string: \"%REQ(:PATH)%\\n\"}}";
+            let mut logs: Vec<String> = FILTERS
+                .iter()
+                .enumerate()
+                .map(|(index, (filter, _))| {
+                    log(
+                        folder,
+                        &format!("log{index}"),
+                        &format!("filter: {{{filter}}},"),
+                        format,
+                    )
+                })
+                .collect();
+            logs.push(log(folder, "all", "", format));
+            let routes = ["/ok", "/status", "/header"]
+                .map(|path| format!("{{match: {{path: {path}}}, route: {{cluster: app}}}}"))
+                .join(", ");
+            let routes = format!("[{routes}]");
+            bootstrap(
+                &routes,
+                &app(endpoint),
+                &format!("access_log: [{}]", logs.join(", ")),
+            )
+        },
+        |subject, _| {
+            let mut client = subject.client();
+            for path in asked {
+                let more = if path == "/header" { "x-log: yes\r\n" } else { "" };
+                client.send(format!("GET {path} HTTP/1.1\r\nHost: test\r\n{more}\r\n"));
+                client.receive();
+            }
+            assert_eq!(lines(subject, "all", asked.len()), asked);
+            for (index, (filter, wanted)) in FILTERS.iter().enumerate() {
+                let wanted: Vec<&str> = wanted.iter().map(|at| asked[*at]).collect();
+                let logged = lines(subject, &format!("log{index}"), wanted.len());
+                assert_eq!(logged, wanted, "{filter} at {}", subject.name());
+            }
         },
     );
 }

@@ -36,6 +36,7 @@ use tokio::time::Instant;
 
 use self::local::Reply;
 use self::read::Next;
+use crate::access_log::Times;
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::{Cluster, Codec, HttpManager, Terminal};
 use crate::http2::{self, serve::Begun};
@@ -230,6 +231,9 @@ struct Outcome {
     workload: Option<Arc<Workload>>,
     principal: Option<Arc<str>>,
     by_tls: bool,
+    /// What the endpoint speaks.
+    upstream_protocol: Option<&'static str>,
+    times: Times,
 }
 
 impl Outcome {
@@ -255,6 +259,8 @@ impl Outcome {
             workload: None,
             principal: None,
             by_tls: false,
+            upstream_protocol: None,
+            times: Times::default(),
         }
     }
 }

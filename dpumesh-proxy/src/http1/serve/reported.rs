@@ -114,7 +114,7 @@ pub(crate) fn named<'a>(cluster: &'a crate::config::model::Cluster, service: &mu
 }
 
 /// gRPC's status: the trailers', else the head's, else what the HTTP status stands for.
-fn grpc_status(buffers: &Buffers, outcome: &Outcome) -> Option<u32> {
+pub(super) fn grpc_status(buffers: &Buffers, outcome: &Outcome) -> Option<u32> {
     let number = |value: &[u8]| std::str::from_utf8(value).ok()?.trim().parse().ok();
     let trailers = outcome.trailers.as_deref().unwrap_or_default();
     let trailer = trailers.split(|b| *b == b'\n').find_map(|line| {

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::failure::Failure;
 use super::forward::Forwarding;
 use super::{Outcome, Session};
+use crate::access_log::Times;
 use crate::alarm::Watch;
 use crate::http1::body::{Flow, FlowError, Out};
 use crate::http1::head::Framing;
@@ -65,7 +66,9 @@ impl Session {
             .iter()
             .any(|l| l.asks_for_upstream_local());
         let local = asked.then(|| connection.stream.local_addr()).flatten();
-        let principal = connection.principal.clone().filter(|_| self.reporting.is_some());
+        let principal = connection.principal.clone();
+        let speaks_http2 = connection.stream.is_http2();
+        let response_begun = call.begun.elapsed();
         let relayed = self.relay(
             buffers,
             call,
@@ -85,6 +88,12 @@ impl Session {
         outcome.has_response = true;
         outcome.upstream_local = local;
         outcome.principal = principal;
+        outcome.upstream_protocol = Some(if speaks_http2 { "HTTP/2" } else { "HTTP/1.1" });
+        outcome.times = Times {
+            request_complete: call.complete.get().map(|at| at - call.begun),
+            request_sent: call.sent.get().map(|at| at - call.begun),
+            response_begun: Some(response_begun),
+        };
         outcome.by_tls = picked.endpoint.tls.is_some();
         outcome.wire_sent = response.wire_out;
         outcome.trailers = response.take_trailers();
