@@ -16,10 +16,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::access_log::timestamp;
+use crate::closing::Which;
+use crate::config::dump::Shown;
 use crate::config::model::{Balance, ClusterKind, Config};
 use crate::histogram::QUANTILES;
 use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
+use crate::levels;
 use crate::program::{Refused, Shared, State};
 use crate::stats::{self, Kind, Shard};
 use crate::tls::secrets::Listed;
@@ -37,8 +40,14 @@ const PATHS: &[(&str, &str, &str)] = &[
     (
         "/drain_listeners",
         "POST",
-        "begin to drain, as /quitquitquit does",
+        "close all listeners' sockets (?inboundonly; ?graceful: have their connections end first, for the drain time; &skip_exit: no more than that)",
     ),
+    (
+        "/healthcheck/fail",
+        "POST",
+        "out of service: /ready fails, connections end with their next response",
+    ),
+    ("/healthcheck/ok", "POST", "back in service"),
     ("/help", "GET", "print this list"),
     (
         "/ingress",
@@ -46,6 +55,11 @@ const PATHS: &[(&str, &str, &str)] = &[
         "connections by the port of the dataplane that they came in by (?format=json)",
     ),
     ("/listeners", "GET", "listener addresses (?format=json)"),
+    (
+        "/logging",
+        "POST",
+        "show levels of the log; change all (?level=LEVEL) or some (?NAME=LEVEL, ?paths=NAME:LEVEL,…)",
+    ),
     ("/quitquitquit", "POST", "drain and exit"),
     ("/ready", "GET", "LIVE with 200, otherwise the state with 503"),
     ("/reopen_logs", "POST", "open access log files anew"),
@@ -169,7 +183,7 @@ impl Answer {
     }
 }
 
-fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
+fn answer(shared: &Arc<Shared>, method: &[u8], target: &str) -> Answer {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let query = Query(query);
     let path = if path == "/" { "/help" } else { path };
@@ -192,10 +206,16 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         "/ingress" => ingress(shared, &query),
         "/listeners" => listeners(shared, &query),
         "/server_info" => Answer::json(&server_info(shared, &config)),
-        "/quitquitquit" | "/drain_listeners" => {
+        "/quitquitquit" => {
             shared.quit();
             Answer::text(200, "OK\n")
         }
+        "/drain_listeners" => drain_listeners(shared, &query),
+        "/healthcheck/fail" | "/healthcheck/ok" => {
+            shared.closing.fail_health(path == "/healthcheck/fail");
+            Answer::text(200, "OK\n")
+        }
+        "/logging" => logging(&query),
         "/reset_counters" => {
             shared.registry.reset_counters();
             Answer::text(200, "OK\n")
@@ -206,6 +226,57 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         },
         _ => Answer::text(200, help()),
     }
+}
+
+fn drain_listeners(shared: &Arc<Shared>, query: &Query<'_>) -> Answer {
+    let given = |key: &str| query.get(key).is_some();
+    let which = if given("inboundonly") {
+        Which::Inbound
+    } else {
+        Which::All
+    };
+    if !given("graceful") {
+        shared.stop_listening(which);
+    } else if shared.closing.drain(which) && !given("skip_exit") {
+        let shared = Arc::clone(shared);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(shared.options.drain_time).await;
+            shared.stop_listening(which);
+        });
+    }
+    Answer::text(200, "OK\n")
+}
+
+fn logging(query: &Query<'_>) -> Answer {
+    const USAGE: &str = "usage: /logging?<name>=<level> (change single level)\n\
+        usage: /logging?paths=name1:level1,name2:level2,... (change multiple levels)\n\
+        usage: /logging?level=<level> (change all levels)\n\
+        usage: /logging (show current levels)\n";
+    let given: Vec<(String, String)> = query.all();
+    let mut changes = Vec::new();
+    for (name, value) in &given {
+        match name.as_str() {
+            "level" => changes.push((None, value.as_str())),
+            "paths" => {
+                let pairs = value
+                    .split(',')
+                    .map(|pair| pair.split_once(':').unwrap_or((pair, "")));
+                changes.extend(pairs.map(|(name, level)| (Some(name), level)));
+            }
+            name => changes.push((Some(name), value.as_str())),
+        }
+    }
+    if !changes.is_empty()
+        && let Err(reason) = levels::set(&changes)
+    {
+        return Answer::text(400, format!("error: {reason}\n{USAGE}"));
+    }
+    let mut text = "active loggers:\n".to_owned();
+    for (name, level) in levels::list().unwrap_or_default() {
+        let _ = writeln!(text, "  {name}: {level}");
+    }
+    text.push('\n');
+    Answer::text(200, text)
 }
 
 fn help() -> String {
@@ -225,6 +296,13 @@ impl Query<'_> {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             (name == key).then(|| decode(value))
         })
+    }
+
+    /// All of it, in order.
+    fn all(&self) -> Vec<(String, String)> {
+        let pairs = self.0.split('&').filter(|pair| !pair.is_empty());
+        let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        pairs.map(|(name, value)| (decode(name), decode(value))).collect()
     }
 
     fn has(&self, key: &str) -> bool {
@@ -562,6 +640,12 @@ fn pem(der: &[u8]) -> String {
     text
 }
 
+fn moment(at: SystemTime) -> String {
+    let mut text = Vec::new();
+    timestamp(at, &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: &Query<'_>) -> Answer {
     let filter = match query.regex("name_regex") {
         Ok(filter) => filter,
@@ -585,16 +669,19 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         }
         value
     };
-    let fixed = |field: &str, kind: &str, all: Vec<Value>| -> Vec<Value> {
+    let fixed = |field: &str, kind: &str, all: Vec<Shown>| -> Vec<Value> {
         all.into_iter()
-            .filter(|v| named(v))
-            .map(|v| json!({field: typed(kind, v)}))
+            .filter(|s| named(&s.value))
+            .map(|s| json!({field: typed(kind, s.value), "last_updated": moment(s.updated)}))
             .collect()
     };
-    let moving = |field: &str, kind: &str, all: Vec<(String, Value)>| -> Vec<Value> {
-        let wanted = all.into_iter().filter(|(_, v)| named(v));
+    let moving = |field: &str, kind: &str, all: Vec<Shown>| -> Vec<Value> {
+        let wanted = all.into_iter().filter(|s| named(&s.value));
         wanted
-            .map(|(version, v)| json!({"version_info": version, field: typed(kind, v)}))
+            .map(|s| {
+                json!({"version_info": s.version, field: typed(kind, s.value),
+                    "last_updated": moment(s.updated)})
+            })
             .collect()
     };
     const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
@@ -604,9 +691,10 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
     let dynamic_listeners: Vec<Value> = dump
         .dynamic_listeners()
         .into_iter()
-        .filter(|(_, v)| named(v))
-        .map(|(version, v)| {
-            json!({"name": v["name"], "active_state": {"version_info": version, "listener": typed(LISTENER, v)}})
+        .filter(|s| named(&s.value))
+        .map(|s| {
+            json!({"name": s.value["name"], "active_state": {"version_info": s.version,
+                "listener": typed(LISTENER, s.value), "last_updated": moment(s.updated)}})
         })
         .collect();
     let kind = |name: &str| format!("type.googleapis.com/envoy.admin.v3.{name}");
@@ -628,6 +716,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         .any(|q| q.split('=').next() == Some("include_eds"))
     {
         configs.push(json!({"@type": kind("EndpointsConfigDump"),
+            "static_endpoint_configs": fixed("endpoint_config", ENDPOINT, dump.static_endpoints()),
             "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, dump.endpoints())}));
     }
     configs.push(secrets_dump(secrets, &|name| {
@@ -635,9 +724,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
     }));
     // Envoy has these inside the resources; a file that cannot be read has none.
     configs.extend(refused.iter().map(|refused| {
-        let mut at = Vec::new();
-        timestamp(refused.at, &mut at);
-        json!({"@type": kind("UpdateFailureState"), "last_update_attempt": String::from_utf8_lossy(&at),
+        json!({"@type": kind("UpdateFailureState"), "last_update_attempt": moment(refused.at),
             "details": refused.error.to_string()})
     }));
     if let Some(resource) = query.get("resource") {

@@ -13,6 +13,7 @@
 pub mod access_log;
 pub mod admin;
 mod alarm;
+pub mod closing;
 pub mod config;
 pub mod dataplane;
 pub mod entry;
@@ -20,6 +21,7 @@ pub mod histogram;
 pub mod http1;
 pub mod http2;
 pub mod istio;
+pub mod levels;
 pub mod listener;
 pub mod program;
 pub mod rbac;

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::access_log::Sinks;
 use crate::admin;
+use crate::closing::{Closing, Which};
 use crate::config::ConfigError;
 use crate::config::ads;
 use crate::config::files::Files;
@@ -216,11 +217,14 @@ pub struct Shared {
     pub options: Options,
     /// When it was started.
     pub started: Instant,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
     admin: Mutex<Option<SocketAddr>>,
     refused: Mutex<BTreeMap<String, Refused>>,
     bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
     state: AtomicU8,
     quit: mpsc::UnboundedSender<()>,
+    stop: mpsc::UnboundedSender<Which>,
 }
 
 /// An update of a watched file that was refused, while the last good one serves.
@@ -257,6 +261,7 @@ impl Shared {
     /// Where it stands.
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Acquire) {
+            0 if self.closing.health_failed() => State::Draining,
             0 => State::Live,
             1 => State::Draining,
             _ => State::Initializing,
@@ -274,6 +279,13 @@ impl Shared {
             .iter()
             .map(|((name, address), (bound, _))| (name.clone(), *address, *bound))
             .collect()
+    }
+
+    /// Closes the sockets of these listeners; connections go on.
+    pub fn stop_listening(&self, which: Which) {
+        self.closing.stop(which);
+        // As for `quit`.
+        let _ = self.stop.send(which);
     }
 
     /// Begins the drain.
@@ -300,17 +312,20 @@ impl Proxy {
             .clone()
             .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
         let (quit, quits) = mpsc::unbounded_channel();
+        let (stop, stops) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             secrets,
             config: Arc::new(ArcSwap::from_pointee(config)),
             registry,
             sinks,
             started: Instant::now(),
+            closing: Arc::default(),
             admin: Mutex::default(),
             refused: Mutex::default(),
             bound: Mutex::default(),
             state: AtomicU8::new(State::Initializing as u8),
             quit,
+            stop,
             options,
         });
         let admin = match shared.config.load().admin {
@@ -330,7 +345,7 @@ impl Proxy {
         }
         let thread = std::thread::Builder::new().name("control".to_owned());
         let control = thread
-            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), quits))
+            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), (quits, stops)))
             .map_err(Error::io("starting the control thread"))?;
         Ok(Self {
             shared,
@@ -423,6 +438,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             stack_netns: shared.options.stack_netns.clone(),
             registry: Arc::clone(&shared.registry),
             secrets: Arc::clone(&shared.secrets),
+            closing: Arc::clone(&shared.closing),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -446,6 +462,9 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
     Ok(workers)
 }
 
+/// To end, and to stop listening.
+type Orders = (mpsc::UnboundedReceiver<()>, mpsc::UnboundedReceiver<Which>);
+
 /// The control thread's own.
 #[derive(Debug)]
 struct Control {
@@ -468,7 +487,7 @@ impl Control {
         Ok(())
     }
 
-    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, quits: mpsc::UnboundedReceiver<()>) {
+    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, orders: Orders) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -476,15 +495,10 @@ impl Control {
                 return;
             }
         };
-        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, quits));
+        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, orders));
     }
 
-    async fn serve(
-        mut self,
-        admin: Option<TcpListener>,
-        ads: Option<Ads>,
-        mut quits: mpsc::UnboundedReceiver<()>,
-    ) {
+    async fn serve(mut self, admin: Option<TcpListener>, ads: Option<Ads>, (mut quits, mut stops): Orders) {
         if let Some(admin) = admin {
             tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
         }
@@ -498,6 +512,12 @@ impl Control {
         loop {
             tokio::select! {
                 _ = quits.recv() => break,
+                Some(which) = stops.recv() => {
+                    for worker in &self.workers {
+                        // A worker that is gone listens no more.
+                        let _ = worker.commands.send(Command::StopListening(which));
+                    }
+                }
                 () = Signals::next(&mut signals) => break,
                 _ = look.tick() => self.look(),
                 Some(update) = updates.recv() => self.update(update),
@@ -601,6 +621,7 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
     let wanted: Vec<(ListenerKey, SocketOptions)> = config
         .listeners
         .iter()
+        .filter(|l| !shared.closing.has_stopped(l.direction))
         .flat_map(|l| l.addresses.iter().map(|a| ((l.name.clone(), *a), l.socket)))
         .collect();
     let open_all = move || -> Result<Opened, Error> {

@@ -23,6 +23,7 @@ use tokio::task::{AbortHandle, LocalSet};
 use tokio::time::Instant;
 
 use crate::access_log::Lines;
+use crate::closing::{Closing, Which};
 use crate::config::model::{Config, FilterChain, Listener, Terminal};
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
@@ -50,6 +51,8 @@ const DRAIN_TICK: Duration = Duration::from_millis(20);
 pub enum Command {
     /// Take the configuration in the shared pointer; these sockets are new.
     Apply(Vec<(ListenerKey, TcpListener)>),
+    /// Close the sockets of these listeners; connections go on.
+    StopListening(Which),
     /// Stop accepting; end connections at their next response; end all at `deadline`.
     Drain {
         /// When idle connections are closed.
@@ -77,6 +80,8 @@ pub struct Start {
     pub registry: Arc<Registry>,
     /// Keys, chains and roots.
     pub secrets: Arc<dyn Secrets>,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -108,6 +113,8 @@ pub struct Worker {
     /// What is known of every plain connection.
     plain: Arc<Connection>,
     secrets: Arc<dyn Secrets>,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
 }
 
 /// A configuration as one worker sees it.
@@ -235,6 +242,7 @@ impl Worker {
             http2: start.registry.scope("http2", stats::Http2::TABLE),
             plain: Arc::default(),
             secrets: Arc::clone(&start.secrets),
+            closing: Arc::clone(&start.closing),
         })
     }
 
@@ -411,6 +419,16 @@ async fn control(start: Start) {
                     worker.apply(config);
                     begin_listening(&worker, &mut accepting, sockets);
                     worker.wake_all();
+                }
+                Some(Command::StopListening(_)) => {
+                    let program = worker.program();
+                    let stopped = |name: &str| {
+                        let mut listeners = program.config.listeners.iter();
+                        listeners.any(|l| l.name == name && worker.closing.has_stopped(l.direction))
+                    };
+                    accepting
+                        .extract_if(|key, _| stopped(&key.0))
+                        .for_each(|(key, last)| last.end(&worker, &key.0));
                 }
                 Some(Command::Drain { idle, deadline }) => {
                     worker.draining.set(Some((idle, deadline)));

@@ -1,11 +1,11 @@
-//! What a proxy says of its work: histograms, access logs. Each case is checked at Envoy too.
+//! What a proxy says of its work: histograms, access logs, the admin paths. Each case is checked at Envoy too.
 
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::envoy::{Subject, at_both};
-use crate::harness::{Endpoint, await_true, bootstrap, bootstrap_with, cluster, simple};
+use crate::harness::{Endpoint, Running, await_true, bootstrap, bootstrap_with, cluster, simple};
 
 const FILE: &str = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog";
 
@@ -330,6 +330,169 @@ fn filters_say_what_is_logged() {
                 let logged = lines(subject, &format!("log{index}"), wanted.len());
                 assert_eq!(logged, wanted, "{filter} at {}", subject.name());
             }
+        },
+    );
+}
+
+#[test]
+fn a_proxy_out_of_service_says_so_and_serves_on() {
+    at_both(
+        |endpoint, _| simple(endpoint.address, ""),
+        |subject, _| {
+            let ready = |subject: &Subject| {
+                let answer = subject.admin("GET", "/ready");
+                (answer.status(), answer.text())
+            };
+            let mut client = subject.client();
+            assert_eq!(client.get("/").header("connection"), None);
+            assert_eq!(subject.admin("GET", "/healthcheck/fail").status(), 405);
+            let failed = subject.admin("POST", "/healthcheck/fail");
+            assert_eq!((failed.status(), failed.text()), (200, "OK\n".to_owned()));
+            assert_eq!(ready(subject), (503, "DRAINING\n".to_owned()));
+            assert_eq!(client.get("/").header("connection"), Some("close"));
+            assert!(client.is_closed());
+            assert_eq!(subject.admin("POST", "/healthcheck/ok").text(), "OK\n");
+            assert_eq!(ready(subject), (200, "LIVE\n".to_owned()));
+            assert_eq!(subject.client().get("/").header("connection"), None);
+        },
+    );
+}
+
+#[test]
+fn listeners_stop_and_connections_go_on() {
+    at_both(
+        |endpoint, _| simple(endpoint.address, ""),
+        |subject, _| {
+            let mut client = subject.client();
+            assert_eq!(client.get("/").status(), 200);
+            // It is no inbound listener.
+            assert_eq!(
+                subject.admin("POST", "/drain_listeners?inboundonly").text(),
+                "OK\n"
+            );
+            assert_eq!(subject.client().get("/").status(), 200);
+            assert_eq!(subject.admin("POST", "/drain_listeners").text(), "OK\n");
+            await_true("nobody listens", || {
+                std::net::TcpStream::connect(subject.web()).is_err()
+            });
+            assert_eq!(client.get("/").status(), 200, "{}", subject.name());
+        },
+    );
+}
+
+#[test]
+fn a_graceful_drain_ends_connections_first() {
+    let endpoint = Endpoint::start("app");
+    let text = simple(endpoint.address, "")
+        .replace("- name: web\n", "- name: web\n    traffic_direction: INBOUND\n");
+    let running = Running::start_with(
+        tempfile::tempdir().unwrap(),
+        &text,
+        1,
+        std::time::Duration::from_secs(2),
+    );
+    let mut client = running.client();
+    assert_eq!(client.get("/").header("connection"), None);
+    assert_eq!(
+        running
+            .admin("POST", "/drain_listeners?graceful&inboundonly")
+            .text(),
+        "OK\n"
+    );
+    assert_eq!(client.get("/").header("connection"), Some("close"));
+    assert_eq!(
+        running.client().get("/").status(),
+        200,
+        "it listens for the drain time"
+    );
+    let web = running.web();
+    await_true("nobody listens", || std::net::TcpStream::connect(web).is_err());
+    assert_eq!(running.admin("GET", "/ready").text(), "LIVE\n");
+}
+
+#[test]
+fn bad_levels_are_refused_with_the_usage() {
+    at_both(
+        |endpoint, _| simple(endpoint.address, ""),
+        |subject, _| {
+            let shown = subject.admin("POST", "/logging");
+            assert_eq!(shown.status(), 200);
+            assert!(shown.text().starts_with("active loggers:\n"), "{}", shown.text());
+            assert_eq!(subject.admin("GET", "/logging").status(), 405);
+            for query in ["?level=loud", "?nobody=info", "?paths=nobody:info"] {
+                let refused = subject.admin("POST", &format!("/logging{query}"));
+                assert_eq!(refused.status(), 400, "{query} at {}", subject.name());
+                let usage = "usage: /logging?<name>=<level> (change single level)\n";
+                assert!(refused.text().contains(usage), "{}", refused.text());
+            }
+        },
+    );
+}
+
+/// The dumps of `kind`, without what depends on the time.
+fn dumped(subject: &Subject, kind: &str) -> Value {
+    let text = subject.admin("GET", "/config_dump?include_eds").text();
+    let all: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let wanted = format!("type.googleapis.com/envoy.admin.v3.{kind}");
+    let configs = all["configs"].as_array().unwrap();
+    let found = configs.iter().find(|c| c["@type"] == json!(wanted));
+    let mut found = found
+        .unwrap_or_else(|| panic!("no {kind} at {}", subject.name()))
+        .clone();
+    strip(&mut found);
+    found
+}
+
+fn strip(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(updated) = fields.remove("last_updated") {
+                let text = updated.as_str().unwrap_or_default();
+                assert!(text.starts_with("20") && text.ends_with('Z'), "{text}");
+            }
+            fields.values_mut().for_each(strip);
+            fields.retain(|_, v| v.as_array().is_none_or(|list| !list.is_empty()));
+        }
+        Value::Array(items) => items.iter_mut().for_each(strip),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_dump_is_what_envoys_tools_read() {
+    at_both(
+        |endpoint, _| simple(endpoint.address, ""),
+        |subject, endpoint| {
+            let port = endpoint.address.port();
+            let lb = json!({"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}});
+            let assignment = json!({"cluster_name": "app", "endpoints": [{"lb_endpoints": [lb]}]});
+            let cluster = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+            assert_eq!(
+                dumped(subject, "ClustersConfigDump")["static_clusters"],
+                json!([{"cluster": {"@type": cluster, "name": "app", "type": "STATIC", "connect_timeout": "1s", "load_assignment": assignment}}]),
+                "{}",
+                subject.name()
+            );
+            let listeners = dumped(subject, "ListenersConfigDump");
+            let listener = &listeners["static_listeners"][0]["listener"];
+            assert_eq!(listener["name"], json!("web"));
+            let manager = &listener["filter_chains"][0]["filters"][0]["typed_config"];
+            assert_eq!(manager["stat_prefix"], json!("web"), "{listeners}");
+            let routes = dumped(subject, "RoutesConfigDump");
+            let table = &routes["static_route_configs"][0]["route_config"];
+            assert_eq!(table["virtual_hosts"][0]["domains"], json!(["*"]), "{routes}");
+            assert_eq!(
+                table["@type"],
+                json!("type.googleapis.com/envoy.config.route.v3.RouteConfiguration")
+            );
+            let endpoints = dumped(subject, "EndpointsConfigDump");
+            let assignment = &endpoints["static_endpoint_configs"][0]["endpoint_config"];
+            assert_eq!(assignment["cluster_name"], json!("app"), "{endpoints}");
+            let host =
+                &assignment["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"];
+            assert_eq!(host["port_value"], json!(port), "{endpoints}");
+            let text = subject.admin("GET", "/config_dump").text();
+            assert!(!text.contains("EndpointsConfigDump"), "only if asked for");
         },
     );
 }

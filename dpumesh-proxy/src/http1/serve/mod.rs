@@ -348,6 +348,7 @@ impl Session {
         if spent {
             self.manager.stats.inc(self.worker.shard, Stat::CxMaxRequests);
         }
-        !persistent || self.closing || spent || self.worker.draining().is_some()
+        let closes = self.worker.closing.closes(self.place.listener.direction);
+        !persistent || self.closing || spent || closes || self.worker.draining().is_some()
     }
 }
