@@ -16,10 +16,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::access_log::timestamp;
+use crate::closing::Which;
+use crate::config::dump::Shown;
 use crate::config::model::{Balance, ClusterKind, Config, Endpoint};
 use crate::health::{self, Eds};
+use crate::histogram::QUANTILES;
 use crate::http1::head::{Framing, RequestHead, Scan};
 use crate::http1::reply;
+use crate::levels;
 use crate::program::{Refused, Shared, State};
 use crate::stats::{self, Kind, Shard};
 use crate::tls::secrets::Listed;
@@ -37,8 +41,14 @@ const PATHS: &[(&str, &str, &str)] = &[
     (
         "/drain_listeners",
         "POST",
-        "begin to drain, as /quitquitquit does",
+        "close all listeners' sockets (?inboundonly; ?graceful: have their connections end first, for the drain time; &skip_exit: no more than that)",
     ),
+    (
+        "/healthcheck/fail",
+        "POST",
+        "out of service: /ready fails, connections end with their next response",
+    ),
+    ("/healthcheck/ok", "POST", "back in service"),
     ("/help", "GET", "print this list"),
     (
         "/ingress",
@@ -46,6 +56,11 @@ const PATHS: &[(&str, &str, &str)] = &[
         "connections by the port of the dataplane that they came in by (?format=json)",
     ),
     ("/listeners", "GET", "listener addresses (?format=json)"),
+    (
+        "/logging",
+        "POST",
+        "show levels of the log; change all (?level=LEVEL) or some (?NAME=LEVEL, ?paths=NAME:LEVEL,…)",
+    ),
     ("/quitquitquit", "POST", "drain and exit"),
     ("/ready", "GET", "LIVE with 200, otherwise the state with 503"),
     ("/reopen_logs", "POST", "open access log files anew"),
@@ -54,9 +69,13 @@ const PATHS: &[(&str, &str, &str)] = &[
     (
         "/stats",
         "GET",
-        "counters and gauges (?usedonly, ?filter=RE, ?type=Counters|Gauges, ?format=json|prometheus)",
+        "counters, gauges, histograms (?usedonly, ?filter=RE, ?type=Counters|Gauges|Histograms, ?format=json|prometheus)",
     ),
-    ("/stats/prometheus", "GET", "the same for Prometheus (?usedonly)"),
+    (
+        "/stats/prometheus",
+        "GET",
+        "the same for Prometheus, and Istio's metrics of all pods (?usedonly), or of one (?pod=NAME.NAMESPACE)",
+    ),
 ];
 
 /// Serves until the listener's thread ends.
@@ -165,7 +184,7 @@ impl Answer {
     }
 }
 
-fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
+fn answer(shared: &Arc<Shared>, method: &[u8], target: &str) -> Answer {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let query = Query(query);
     let path = if path == "/" { "/help" } else { path };
@@ -188,10 +207,16 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         "/ingress" => ingress(shared, &query),
         "/listeners" => listeners(shared, &query),
         "/server_info" => Answer::json(&server_info(shared, &config)),
-        "/quitquitquit" | "/drain_listeners" => {
+        "/quitquitquit" => {
             shared.quit();
             Answer::text(200, "OK\n")
         }
+        "/drain_listeners" => drain_listeners(shared, &query),
+        "/healthcheck/fail" | "/healthcheck/ok" => {
+            shared.closing.fail_health(path == "/healthcheck/fail");
+            Answer::text(200, "OK\n")
+        }
+        "/logging" => logging(&query),
         "/reset_counters" => {
             shared.registry.reset_counters();
             Answer::text(200, "OK\n")
@@ -202,6 +227,57 @@ fn answer(shared: &Shared, method: &[u8], target: &str) -> Answer {
         },
         _ => Answer::text(200, help()),
     }
+}
+
+fn drain_listeners(shared: &Arc<Shared>, query: &Query<'_>) -> Answer {
+    let given = |key: &str| query.get(key).is_some();
+    let which = if given("inboundonly") {
+        Which::Inbound
+    } else {
+        Which::All
+    };
+    if !given("graceful") {
+        shared.stop_listening(which);
+    } else if shared.closing.drain(which) && !given("skip_exit") {
+        let shared = Arc::clone(shared);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(shared.options.drain_time).await;
+            shared.stop_listening(which);
+        });
+    }
+    Answer::text(200, "OK\n")
+}
+
+fn logging(query: &Query<'_>) -> Answer {
+    const USAGE: &str = "usage: /logging?<name>=<level> (change single level)\n\
+        usage: /logging?paths=name1:level1,name2:level2,... (change multiple levels)\n\
+        usage: /logging?level=<level> (change all levels)\n\
+        usage: /logging (show current levels)\n";
+    let given: Vec<(String, String)> = query.all();
+    let mut changes = Vec::new();
+    for (name, value) in &given {
+        match name.as_str() {
+            "level" => changes.push((None, value.as_str())),
+            "paths" => {
+                let pairs = value
+                    .split(',')
+                    .map(|pair| pair.split_once(':').unwrap_or((pair, "")));
+                changes.extend(pairs.map(|(name, level)| (Some(name), level)));
+            }
+            name => changes.push((Some(name), value.as_str())),
+        }
+    }
+    if !changes.is_empty()
+        && let Err(reason) = levels::set(&changes)
+    {
+        return Answer::text(400, format!("error: {reason}\n{USAGE}"));
+    }
+    let mut text = "active loggers:\n".to_owned();
+    for (name, level) in levels::list().unwrap_or_default() {
+        let _ = writeln!(text, "  {name}: {level}");
+    }
+    text.push('\n');
+    Answer::text(200, text)
 }
 
 fn help() -> String {
@@ -221,6 +297,13 @@ impl Query<'_> {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             (name == key).then(|| decode(value))
         })
+    }
+
+    /// All of it, in order.
+    fn all(&self) -> Vec<(String, String)> {
+        let pairs = self.0.split('&').filter(|pair| !pair.is_empty());
+        let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        pairs.map(|(name, value)| (decode(name), decode(value))).collect()
     }
 
     fn has(&self, key: &str) -> bool {
@@ -282,7 +365,11 @@ fn resident() -> u64 {
 
 fn prometheus(shared: &Shared, query: &Query<'_>) -> String {
     refresh(shared);
-    shared.registry.prometheus(query.has("usedonly"))
+    // One pod's, as its own sidecar would serve them.
+    if let Some(pod) = query.get("pod") {
+        return shared.registry.istio.prometheus(Some(&pod));
+    }
+    shared.registry.prometheus(query.has("usedonly")) + &shared.registry.istio.prometheus(None)
 }
 
 fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
@@ -296,6 +383,15 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
     refresh(shared);
     let (used, kind) = (query.has("usedonly"), query.get("type"));
     let mut all: Vec<(String, u64)> = Vec::new();
+    let mut histograms: Vec<(String, Option<[f64; 10]>)> = Vec::new();
+    shared.registry.each_histogram(|scope, member, seen| {
+        let name = format!("{scope}.{member}");
+        let kind_fits = matches!(kind.as_deref(), None | Some("Histograms" | "All"));
+        if kind_fits && (!used || seen.count() > 0) && filter.as_ref().is_none_or(|f| f.is_match(&name)) {
+            histograms.push((name, seen.quantiles()));
+        }
+    });
+    histograms.sort_by(|a, b| a.0.cmp(&b.0));
     shared.registry.each(|scope, member, member_kind, value| {
         let name = format!("{scope}.{member}");
         let kind_fits = match kind.as_deref() {
@@ -313,6 +409,7 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
         let all: Vec<Value> = all
             .into_iter()
             .map(|(name, value)| json!({"name": name, "value": value}))
+            .chain((!histograms.is_empty()).then(|| histograms_json(&histograms)))
             .collect();
         return Answer::json(&json!({"stats": all}));
     }
@@ -320,7 +417,51 @@ fn stats(shared: &Shared, query: &Query<'_>) -> Answer {
     for (name, value) in all {
         let _ = writeln!(text, "{name}: {value}");
     }
+    for (name, quantiles) in histograms {
+        let _ = writeln!(text, "{name}: {}", summary(quantiles));
+    }
     Answer::text(200, text)
+}
+
+/// As Envoy has it: the value of the last interval, which is not kept here, and the one of all time.
+fn summary(quantiles: Option<[f64; 10]>) -> String {
+    let Some(values) = quantiles else {
+        return "No recorded values".to_owned();
+    };
+    let each = QUANTILES.iter().zip(values);
+    let each: Vec<String> = each
+        .map(|(quantile, value)| format!("P{}(nan,{})", percent(*quantile), rounded(value)))
+        .collect();
+    each.join(" ")
+}
+
+fn percent(quantile: f64) -> f64 {
+    (quantile * 1000.0).round() / 10.0
+}
+
+/// Without the last digits, which are of the arithmetic.
+fn rounded(value: f64) -> f64 {
+    format!("{value:.12e}").parse().unwrap_or(value)
+}
+
+fn histograms_json(histograms: &[(String, Option<[f64; 10]>)]) -> Value {
+    let computed = histograms.iter().map(|(name, quantiles)| {
+        let values: Vec<Value> = match quantiles {
+            Some(values) => values
+                .iter()
+                .map(|v| json!({"interval": null, "cumulative": rounded(*v)}))
+                .collect(),
+            None => QUANTILES
+                .iter()
+                .map(|_| json!({"interval": null, "cumulative": null}))
+                .collect(),
+        };
+        json!({"name": name, "values": values})
+    });
+    json!({"histograms": {
+        "supported_quantiles": QUANTILES.map(percent),
+        "computed_quantiles": computed.collect::<Vec<Value>>(),
+    }})
 }
 
 fn clusters(config: &Config, query: &Query<'_>) -> Answer {
@@ -527,6 +668,12 @@ fn pem(der: &[u8]) -> String {
     text
 }
 
+fn moment(at: SystemTime) -> String {
+    let mut text = Vec::new();
+    timestamp(at, &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: &Query<'_>) -> Answer {
     let filter = match query.regex("name_regex") {
         Ok(filter) => filter,
@@ -550,16 +697,19 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         }
         value
     };
-    let fixed = |field: &str, kind: &str, all: Vec<Value>| -> Vec<Value> {
+    let fixed = |field: &str, kind: &str, all: Vec<Shown>| -> Vec<Value> {
         all.into_iter()
-            .filter(|v| named(v))
-            .map(|v| json!({field: typed(kind, v)}))
+            .filter(|s| named(&s.value))
+            .map(|s| json!({field: typed(kind, s.value), "last_updated": moment(s.updated)}))
             .collect()
     };
-    let moving = |field: &str, kind: &str, all: Vec<(String, Value)>| -> Vec<Value> {
-        let wanted = all.into_iter().filter(|(_, v)| named(v));
+    let moving = |field: &str, kind: &str, all: Vec<Shown>| -> Vec<Value> {
+        let wanted = all.into_iter().filter(|s| named(&s.value));
         wanted
-            .map(|(version, v)| json!({"version_info": version, field: typed(kind, v)}))
+            .map(|s| {
+                json!({"version_info": s.version, field: typed(kind, s.value),
+                    "last_updated": moment(s.updated)})
+            })
             .collect()
     };
     const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
@@ -569,9 +719,10 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
     let dynamic_listeners: Vec<Value> = dump
         .dynamic_listeners()
         .into_iter()
-        .filter(|(_, v)| named(v))
-        .map(|(version, v)| {
-            json!({"name": v["name"], "active_state": {"version_info": version, "listener": typed(LISTENER, v)}})
+        .filter(|s| named(&s.value))
+        .map(|s| {
+            json!({"name": s.value["name"], "active_state": {"version_info": s.version,
+                "listener": typed(LISTENER, s.value), "last_updated": moment(s.updated)}})
         })
         .collect();
     let kind = |name: &str| format!("type.googleapis.com/envoy.admin.v3.{name}");
@@ -593,6 +744,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
         .any(|q| q.split('=').next() == Some("include_eds"))
     {
         configs.push(json!({"@type": kind("EndpointsConfigDump"),
+            "static_endpoint_configs": fixed("endpoint_config", ENDPOINT, dump.static_endpoints()),
             "dynamic_endpoint_configs": moving("endpoint_config", ENDPOINT, dump.endpoints())}));
     }
     configs.push(secrets_dump(secrets, &|name| {
@@ -600,9 +752,7 @@ fn config_dump(config: &Config, refused: &[Refused], secrets: &[Listed], query: 
     }));
     // Envoy has these inside the resources; a file that cannot be read has none.
     configs.extend(refused.iter().map(|refused| {
-        let mut at = Vec::new();
-        timestamp(refused.at, &mut at);
-        json!({"@type": kind("UpdateFailureState"), "last_update_attempt": String::from_utf8_lossy(&at),
+        json!({"@type": kind("UpdateFailureState"), "last_update_attempt": moment(refused.at),
             "details": refused.error.to_string()})
     }));
     if let Some(resource) = query.get("resource") {

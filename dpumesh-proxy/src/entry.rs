@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
+use crate::levels;
+
 /// Runs `program` with a log of `level` (a level, or a filter such as `dpumesh_proxy=debug`) on stderr. The exit status is
 /// 0, 1 where it fails (the reason goes to stderr), 2 for a level that is none.
 pub fn enter<E: Display>(name: &str, level: &str, program: impl FnOnce() -> Result<(), E>) -> ExitCode {
@@ -15,10 +17,13 @@ pub fn enter<E: Display>(name: &str, level: &str, program: impl FnOnce() -> Resu
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .init();
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    levels::begin(level, Box::new(move |filter| handle.reload(filter).is_ok()));
+    log.init();
     match program() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

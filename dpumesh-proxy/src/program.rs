@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::access_log::Sinks;
 use crate::admin;
+use crate::closing::{Closing, Which};
 use crate::config::ConfigError;
 use crate::config::ads;
 use crate::config::files::Files;
@@ -219,12 +220,15 @@ pub struct Shared {
     pub options: Options,
     /// When it was started.
     pub started: Instant,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
     admin: Mutex<Option<SocketAddr>>,
     refused: Mutex<BTreeMap<String, Refused>>,
     bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
     state: AtomicU8,
     quit: mpsc::UnboundedSender<()>,
     reports: Reporter,
+    stop: mpsc::UnboundedSender<Which>,
 }
 
 /// An update of a watched file that was refused, while the last good one serves.
@@ -261,6 +265,7 @@ impl Shared {
     /// Where it stands.
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Acquire) {
+            0 if self.closing.health_failed() => State::Draining,
             0 => State::Live,
             1 => State::Draining,
             _ => State::Initializing,
@@ -278,6 +283,13 @@ impl Shared {
             .iter()
             .map(|((name, address), (bound, _))| (name.clone(), *address, *bound))
             .collect()
+    }
+
+    /// Closes the sockets of these listeners; connections go on.
+    pub fn stop_listening(&self, which: Which) {
+        self.closing.stop(which);
+        // As for `quit`.
+        let _ = self.stop.send(which);
     }
 
     /// Begins the drain.
@@ -305,18 +317,21 @@ impl Proxy {
             .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
         let (quit, quits) = mpsc::unbounded_channel();
         let (reports, reported) = mpsc::unbounded_channel();
+        let (stop, stops) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             secrets,
             config: Arc::new(ArcSwap::from_pointee(config)),
             registry,
             sinks,
             started: Instant::now(),
+            closing: Arc::default(),
             admin: Mutex::default(),
             refused: Mutex::default(),
             bound: Mutex::default(),
             state: AtomicU8::new(State::Initializing as u8),
             quit,
             reports,
+            stop,
             options,
         });
         let admin = match shared.config.load().admin {
@@ -341,7 +356,7 @@ impl Proxy {
         }
         let thread = std::thread::Builder::new().name("control".to_owned());
         let control = thread
-            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), (quits, reported)))
+            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), (quits, stops, reported)))
             .map_err(Error::io("starting the control thread"))?;
         Ok(Self {
             shared,
@@ -435,6 +450,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             registry: Arc::clone(&shared.registry),
             secrets: Arc::clone(&shared.secrets),
             reports: shared.reports.clone(),
+            closing: Arc::clone(&shared.closing),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -458,6 +474,13 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
     Ok(workers)
 }
 
+/// What the control thread is told: to end, to stop listening, and what there is to judge of endpoints.
+type Orders = (
+    mpsc::UnboundedReceiver<()>,
+    mpsc::UnboundedReceiver<Which>,
+    mpsc::UnboundedReceiver<Report>,
+);
+
 /// The control thread's own.
 #[derive(Debug)]
 struct Control {
@@ -466,9 +489,6 @@ struct Control {
     workers: Vec<Running>,
     keeper: Keeper,
 }
-
-/// What the control thread is told: to end, and what there is to judge of endpoints.
-type Told = (mpsc::UnboundedReceiver<()>, mpsc::UnboundedReceiver<Report>);
 
 async fn until(due: Option<tokio::time::Instant>) {
     match due {
@@ -491,7 +511,7 @@ impl Control {
         Ok(())
     }
 
-    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, told: Told) {
+    fn run(self, admin: Option<TcpListener>, ads: Option<Ads>, orders: Orders) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -499,10 +519,15 @@ impl Control {
                 return;
             }
         };
-        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, told));
+        tokio::task::LocalSet::new().block_on(&runtime, self.serve(admin, ads, orders));
     }
 
-    async fn serve(mut self, admin: Option<TcpListener>, ads: Option<Ads>, (mut quits, mut reports): Told) {
+    async fn serve(
+        mut self,
+        admin: Option<TcpListener>,
+        ads: Option<Ads>,
+        (mut quits, mut stops, mut reports): Orders,
+    ) {
         if let Some(admin) = admin {
             tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
         }
@@ -518,6 +543,12 @@ impl Control {
             let due = self.keeper.due();
             tokio::select! {
                 _ = quits.recv() => break,
+                Some(which) = stops.recv() => {
+                    for worker in &self.workers {
+                        // A worker that is gone listens no more.
+                        let _ = worker.commands.send(Command::StopListening(which));
+                    }
+                }
                 () = Signals::next(&mut signals) => break,
                 _ = look.tick() => self.look(),
                 Some(update) = updates.recv() => self.update(update),
@@ -633,6 +664,7 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
     let wanted: Vec<(ListenerKey, SocketOptions)> = config
         .listeners
         .iter()
+        .filter(|l| !shared.closing.has_stopped(l.direction))
         .flat_map(|l| l.addresses.iter().map(|a| ((l.name.clone(), *a), l.socket)))
         .collect();
     let open_all = move || -> Result<Opened, Error> {
@@ -675,6 +707,8 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
 /// Makes `config` (or the one already there) the one in force and tells the workers.
 fn commit(shared: &Shared, workers: &[Running], config: Option<Arc<Config>>, opened: Opened) {
     let before = shared.config.load_full();
+    let pods = &config.as_ref().unwrap_or(&before).workloads;
+    shared.registry.istio.keep(pods.values());
     // Whoever sees the new configuration finds its addresses.
     *lock(&shared.bound) = opened.bound;
     if let Some(config) = config {

@@ -9,6 +9,8 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::histogram::{self, Histogram, Seen};
+
 /// Which worker writes. Shard 0 is the control thread, worker `n` is shard `n + 1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard(pub usize);
@@ -30,6 +32,8 @@ pub enum Kind {
     Counter,
     /// Goes up and down; the sum over the shards is the value.
     Gauge,
+    /// How often which value was seen; its number is that of all.
+    Histogram,
 }
 
 macro_rules! members {
@@ -65,6 +69,7 @@ members! {
         CxIdleTimeout = "downstream_cx_idle_timeout" Counter,
         CxDrainClose = "downstream_cx_drain_close" Counter,
         CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
+        CxLength = "downstream_cx_length_ms" Histogram,
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
         CxUpgradesTotal = "downstream_cx_upgrades_total" Counter,
@@ -86,6 +91,7 @@ members! {
         RqNonRelativePath = "downstream_rq_non_relative_path" Counter,
         RqUpgradeRefused = "downstream_rq_ws_on_non_ws_route" Counter,
         RqEarlyResponse = "downstream_rq_response_before_rq_complete" Counter,
+        RqTime = "downstream_rq_time" Histogram,
         NoRoute = "no_route" Counter,
         NoCluster = "no_cluster" Counter,
         RqRedirect = "rq_redirect" Counter,
@@ -180,6 +186,9 @@ members! {
         CxMaxRequests = "upstream_cx_max_requests" Counter,
         CxRxBytes = "upstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "upstream_cx_tx_bytes_total" Counter,
+        CxConnect = "upstream_cx_connect_ms" Histogram,
+        CxLength = "upstream_cx_length_ms" Histogram,
+        RqTime = "upstream_rq_time" Histogram,
         RqTotal = "upstream_rq_total" Counter,
         RqActive = "upstream_rq_active" Gauge,
         RqCompleted = "upstream_rq_completed" Counter,
@@ -260,6 +269,7 @@ members! {
         CxDestroy = "downstream_cx_destroy" Counter,
         NoFilterChainMatch = "no_filter_chain_match" Counter,
         PreCxTimeout = "downstream_pre_cx_timeout" Counter,
+        CxLength = "downstream_cx_length_ms" Histogram,
     }
 }
 
@@ -291,6 +301,13 @@ members! {
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
         IdleTimeout = "idle_timeout" Counter,
+    }
+}
+
+members! {
+    /// `dpumesh.istio.*`: Istio's metrics themselves. Envoy has no such thing.
+    Istio {
+        SeriesOverflow = "series_overflow" Counter,
     }
 }
 
@@ -364,6 +381,8 @@ pub struct Scope {
     table: &'static [(&'static str, Kind)],
     stride: usize,
     cells: Box<[AtomicU64]>,
+    /// Of the members that are histograms, in order.
+    histograms: Box<[Option<Histogram>]>,
 }
 
 /// Counters of a cache line; shards start on a line of their own.
@@ -373,11 +392,13 @@ impl Scope {
     fn new(name: String, table: &'static [(&'static str, Kind)], shards: usize) -> Self {
         let stride = table.len().next_multiple_of(PER_LINE) + PER_LINE;
         let cells = (0..stride * shards).map(|_| AtomicU64::new(0)).collect();
+        let histogram = |kind| (kind == Kind::Histogram).then(|| Histogram::new(shards));
         Self {
             name,
             table,
             stride,
             cells,
+            histograms: table.iter().map(|(_, kind)| histogram(*kind)).collect(),
         }
     }
 
@@ -405,6 +426,19 @@ impl Scope {
         self.add(shard, member, u64::MAX);
     }
 
+    /// Notes a value in a member that is a histogram. One writer per shard, as for [`Self::add`].
+    pub fn record(&self, shard: Shard, member: impl Into<usize>, value: u64) {
+        if let Some(Some(histogram)) = self.histograms.get(member.into()) {
+            histogram.record(shard, value);
+        }
+    }
+
+    /// The same for the time since `begun`, in milliseconds.
+    pub fn record_since(&self, shard: Shard, member: impl Into<usize>, begun: tokio::time::Instant) {
+        let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.record(shard, member, ms);
+    }
+
     /// Sets a gauge that only this shard writes.
     pub fn set(&self, shard: Shard, member: impl Into<usize>, value: u64) {
         self.cells[shard.0 * self.stride + member.into()].store(value, Relaxed);
@@ -413,6 +447,9 @@ impl Scope {
     /// The value over all shards.
     pub fn get(&self, member: impl Into<usize>) -> u64 {
         let member = member.into();
+        if let Some(Some(histogram)) = self.histograms.get(member) {
+            return histogram.seen().count();
+        }
         self.cells
             .iter()
             .skip(member)
@@ -426,6 +463,8 @@ impl Scope {
 pub struct Registry {
     shards: usize,
     scopes: Mutex<BTreeMap<String, Arc<Scope>>>,
+    /// Istio's metrics, which have labels of their own.
+    pub istio: crate::istio::Metrics,
 }
 
 impl Registry {
@@ -434,6 +473,7 @@ impl Registry {
         Self {
             shards: workers + 1,
             scopes: Mutex::default(),
+            istio: crate::istio::Metrics::default(),
         }
     }
 
@@ -466,13 +506,34 @@ impl Registry {
             .collect();
         for scope in scopes {
             for (index, (member, kind)) in scope.table.iter().enumerate() {
-                see(&scope.name, member, *kind, scope.get(index));
+                if *kind != Kind::Histogram {
+                    see(&scope.name, member, *kind, scope.get(index));
+                }
+            }
+        }
+    }
+
+    /// Every histogram: scope name, member, what it has seen; sorted by scope.
+    pub fn each_histogram(&self, mut see: impl FnMut(&str, &str, &Seen)) {
+        let scopes: Vec<_> = self
+            .scopes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(Arc::clone)
+            .collect();
+        for scope in scopes {
+            for ((member, _), histogram) in scope.table.iter().zip(&scope.histograms) {
+                if let Some(histogram) = histogram {
+                    see(&scope.name, member, &histogram.seen());
+                }
             }
         }
     }
 
     /// Sets every counter to zero (gauges stay): a racing increment may survive or be lost.
     pub fn reset_counters(&self) {
+        self.istio.reset();
         let scopes: Vec<_> = self
             .scopes
             .lock()
@@ -507,7 +568,32 @@ impl Registry {
                 let _ = writeln!(text, "{family}{{{labels}}} {value}");
             }
         }
+        self.prometheus_histograms(used_only, &mut text);
         text
+    }
+}
+
+impl Registry {
+    fn prometheus_histograms(&self, used_only: bool, text: &mut String) {
+        let mut families: BTreeMap<String, Vec<(String, Seen)>> = BTreeMap::new();
+        self.each_histogram(|scope, member, seen| {
+            if !used_only || seen.count() > 0 {
+                let (family, labels) = prometheus_name(scope, member);
+                families.entry(family).or_default().push((labels, seen.clone()));
+            }
+        });
+        for (family, samples) in families {
+            let _ = writeln!(text, "# TYPE {family} histogram");
+            for (labels, seen) in samples {
+                let comma = if labels.is_empty() { "" } else { "," };
+                let buckets = seen.buckets();
+                for (bound, count) in histogram::LABELS.iter().zip(buckets) {
+                    let _ = writeln!(text, "{family}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}");
+                }
+                let _ = writeln!(text, "{family}_sum{{{labels}}} {}", seen.sum());
+                let _ = writeln!(text, "{family}_count{{{labels}}} {}", seen.count());
+            }
+        }
     }
 }
 

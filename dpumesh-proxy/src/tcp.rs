@@ -15,15 +15,17 @@ use std::time::{Duration, SystemTime};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 
-use crate::access_log::{Extra, Record};
+use crate::access_log::{Besides, Extra, Record};
 use crate::alarm::{Alarm, earlier};
 use crate::balance::{Ask, policy};
 use crate::config::model::{TcpProxy, Terminal};
 use crate::health::outlier::Outcome;
 use crate::http1::buffer::Buffer;
-use crate::stats::{Cluster as ClusterStat, Tcp as Stat};
+use crate::http1::serve::reported::named;
+use crate::istio::{Facts, Protocol, Reporting, Role, Series, Service};
+use crate::stats::{Cluster as ClusterStat, Istio, Tcp as Stat};
 use crate::tls::Stream;
-use crate::upstream::{NoConnection, Pooled};
+use crate::upstream::{Lane, NoConnection, Picked, Pooled};
 use crate::worker::{Buffers, Entry, Peer, Place, Worker};
 
 /// How long a connection may go on whose filter chain is changed or gone.
@@ -49,6 +51,12 @@ pub(crate) async fn relay(
     // The proxy's own configuration may be older than the program: then its cluster is found by name.
     let lane = program.lanes.iter().find(|l| *l.cluster.name == *target.name);
     let mut end = End::default();
+    let reporting = Reporting::of(&program.config, &place.listener, &peer);
+    let reported = |lane: Option<&Lane>, server: Option<(&Picked, &Pooled)>, flags: &str| {
+        let reporting = reporting.as_ref()?;
+        Some(series(&worker, reporting, &peer, lane, server, flags))
+    };
+    let (mut open, mut principal) = (None, None);
     match lane {
         None => {
             stats.inc(shard, Stat::CxNoRoute);
@@ -93,10 +101,16 @@ pub(crate) async fn relay(
             };
             match server {
                 None => client.reset_on_close(),
-                Some((_picked, server)) => {
+                Some((picked, server)) => {
                     end.flags = "";
+                    principal = server.principal.clone();
+                    open = reported(Some(&**lane), Some((&picked, &server)), "");
+                    if let Some(open) = &open {
+                        open.opened();
+                    }
                     let ends = (&mut client, server);
-                    pump(&worker, &entry, &place, ends, proxy.idle_timeout, &mut end).await;
+                    let how = (proxy.idle_timeout, open.as_deref());
+                    pump(&worker, &entry, &place, ends, how, &mut end).await;
                     lane.cluster
                         .stats
                         .add(shard, ClusterStat::CxTxBytes, end.received);
@@ -110,6 +124,12 @@ pub(crate) async fn relay(
     }
     stats.add(shard, Stat::CxRxBytes, end.received);
     stats.add(shard, Stat::CxTxBytes, end.sent);
+    if open.is_none() {
+        // It never got anywhere: opened and closed at once.
+        open = reported(lane.map(|l| &**l), None, end.flags);
+        open.iter().for_each(|s| s.opened());
+    }
+    open.iter().for_each(|s| s.closed());
     if proxy.access_log.is_empty() {
         return;
     }
@@ -131,6 +151,9 @@ pub(crate) async fn relay(
         ingress: peer.ingress,
         extra: Extra {
             server_name: peer.connection.server_name.as_deref(),
+            connection: Some(&peer.connection),
+            chain: Some(&place.chain.name),
+            upstream_peer: principal.as_deref(),
             ..Extra::default()
         },
     };
@@ -139,6 +162,54 @@ pub(crate) async fn relay(
         .access_log
         .iter()
         .for_each(|log| log.log(&record, &mut lines));
+}
+
+/// The series of Istio's metrics that a connection counts in.
+fn series(
+    worker: &Worker,
+    reporting: &Reporting,
+    peer: &Peer,
+    lane: Option<&Lane>,
+    server: Option<(&Picked, &Pooled)>,
+    flags: &str,
+) -> Arc<Series> {
+    let connection = &peer.connection;
+    let mut service = Service::default();
+    if let Some(lane) = lane {
+        named(&lane.cluster, &mut service);
+    }
+    let (peer_principal, local_principal) = match reporting.role {
+        Role::Source => {
+            let by_tls = server.is_some_and(|(_, s)| matches!(s.stream, Stream::Tls(_)));
+            let shown = connection.certificate.as_deref().filter(|_| by_tls);
+            (server.and_then(|(_, s)| s.principal.as_deref()), shown)
+        }
+        Role::Destination => {
+            let theirs = connection.peer.as_ref().and_then(|p| p.uri_sans.first());
+            let ours = connection.local.as_ref().and_then(|l| l.uri_sans.first());
+            (theirs.map(String::as_str), ours.map(String::as_str))
+        }
+    };
+    let facts = Facts {
+        role: reporting.role,
+        protocol: Protocol::Tcp,
+        status: 0,
+        grpc: None,
+        flags: (flags, Besides::default()),
+        service,
+        peer: match reporting.role {
+            Role::Source => server.and_then(|(picked, _)| picked.endpoint.workload.as_deref()),
+            Role::Destination => None,
+        },
+        peer_principal,
+        local_principal,
+    };
+    let mut reporter = worker.reporter.borrow_mut();
+    let (series, too_many) = reporter.series(worker.shard, &reporting.pod, &facts);
+    if too_many {
+        worker.istio.inc(worker.shard, Istio::SeriesOverflow);
+    }
+    Arc::clone(series)
 }
 
 /// Logs a connection that the access rules of its chain refused.
@@ -188,7 +259,7 @@ async fn pump(
     entry: &Entry,
     place: &Place,
     (client, mut server): (&mut Stream, Pooled),
-    idle_timeout: Option<Duration>,
+    (idle_timeout, series): (Option<Duration>, Option<&Series>),
     end: &mut End,
 ) {
     let mut alarm = Alarm::default();
@@ -196,6 +267,13 @@ async fn pump(
     let mut seen = 0;
     let (mut generation, mut gone) = (worker.generation(), None);
     let (mut up, mut down) = (Direction::default(), Direction::default());
+    let mut told = (0, 0);
+    let mut tell = |sent: u64, received: u64| {
+        if let Some(series) = series {
+            series.moved(sent - told.0, received - told.1);
+            told = (sent, received);
+        }
+    };
     let result: Result<(), Broken> = poll_fn(|cx| {
         let a = up.poll(
             cx,
@@ -216,6 +294,7 @@ async fn pump(
         if a.is_ready() && b.is_ready() {
             return Poll::Ready(Ok(()));
         }
+        tell(down.moved, up.moved);
         entry.wake_by(cx.waker());
         if generation != worker.generation() {
             generation = worker.generation();
@@ -240,6 +319,7 @@ async fn pump(
         Poll::Pending
     })
     .await;
+    tell(down.moved, up.moved);
     up.finish(worker);
     down.finish(worker);
     (end.received, end.sent) = (up.moved, down.moved);

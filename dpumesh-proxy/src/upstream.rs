@@ -20,14 +20,15 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::balance::Held;
-use crate::config::model::{Cluster, ClusterKind, Protocol};
+use crate::config::model::{Cluster, ClusterKind, Endpoint, Protocol};
 use crate::health::Reporter;
 use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
+use crate::istio::Workload;
 use crate::route::upgrade::Tunnel;
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
-use crate::tls::{ClientContext, Protocols, Secrets, Stream};
+use crate::tls::{self, ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
 
 mod pick;
@@ -64,6 +65,8 @@ pub struct EndpointLane {
     pub address: SocketAddr,
     /// TLS to it; `None` for plain TCP.
     pub tls: Option<Arc<ClientContext>>,
+    /// Who serves there.
+    pub workload: Option<Arc<Workload>>,
     active: Cell<u32>,
     idle: RefCell<Vec<Pooled>>,
     keyed: RefCell<HashMap<Key, Vec<Pooled>>>,
@@ -96,6 +99,8 @@ pub struct Pooled {
     pub stream: Stream,
     /// Requests it has served.
     pub requests: u64,
+    /// The SPIFFE id that the endpoint's certificate has.
+    pub principal: Option<Arc<str>>,
     since: Instant,
     /// Of a stream of HTTP/2 the connection is counted, not the stream.
     _open: Option<Open>,
@@ -106,11 +111,13 @@ pub struct Pooled {
 struct Open {
     stats: Arc<Scope>,
     shard: Shard,
+    begun: Instant,
     freed: Rc<Freed>,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
+        self.stats.record_since(self.shard, Stat::CxLength, self.begun);
         self.stats.dec(self.shard, Stat::CxActive);
         self.stats.inc(self.shard, Stat::CxDestroy);
         self.freed.wake_one();
@@ -120,6 +127,7 @@ impl Drop for Open {
 impl Pooled {
     fn of_stream(stream: Stream, open: Open) -> Self {
         Self {
+            principal: tls::principal(&stream),
             stream,
             requests: 0,
             since: Instant::now(),
@@ -129,6 +137,7 @@ impl Pooled {
 
     fn of_call(call: Call) -> Self {
         Self {
+            principal: call.principal(),
             stream: Stream::Call(Box::new(call)),
             requests: 0,
             since: Instant::now(),
@@ -175,20 +184,17 @@ impl Lane {
             }
             _ => HashMap::new(),
         };
-        let endpoint = |address: SocketAddr, tls: Option<&Arc<ClientContext>>| {
+        let endpoint = |e: &Endpoint| {
+            let (address, tls) = (e.address, e.tls.as_ref());
             let old = if known.is_empty() {
                 kept(address)
             } else {
                 known.get(&address).map(Rc::clone)
             };
-            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls));
-            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned())))
+            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls) && old.workload == e.workload);
+            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned(), e.workload.clone())))
         };
-        let endpoints = cluster
-            .endpoints
-            .iter()
-            .map(|e| endpoint(e.address, e.tls.as_ref()))
-            .collect();
+        let endpoints = cluster.endpoints.iter().map(endpoint).collect();
         let originals = match before {
             Some(lane)
                 if cluster.kind == ClusterKind::OriginalDst
@@ -217,7 +223,7 @@ impl Lane {
         let mut originals = self.originals.borrow_mut();
         let endpoint = originals
             .entry(address)
-            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone())));
+            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone(), None)));
         Rc::clone(endpoint)
     }
 
@@ -359,14 +365,19 @@ impl Lane {
         let (stats, shard) = (&self.cluster.stats, self.shard);
         stats.inc(shard, Stat::CxTotal);
         stats.inc(shard, Stat::CxActive);
+        let begun = Instant::now();
         let open = Open {
             stats: Arc::clone(stats),
             shard,
+            begun,
             freed: Rc::clone(&self.freed),
         };
         let attempt = async { begin(self.open(&picked.endpoint, peer).await?, open).await };
         let failure = match timeout(self.cluster.connect_timeout, attempt).await {
-            Ok(Ok(pooled)) => return Ok(pooled),
+            Ok(Ok(pooled)) => {
+                stats.record_since(shard, Stat::CxConnect, begun);
+                return Ok(pooled);
+            }
             Ok(Err(error)) => NoConnection::Failed(error),
             Err(_) => {
                 stats.inc(shard, Stat::CxConnectTimeout);
@@ -508,16 +519,22 @@ impl Drop for Waiting<'_> {
 }
 
 impl EndpointLane {
-    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>) -> Self {
+    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>, workload: Option<Arc<Workload>>) -> Self {
         Self {
             address,
             tls,
+            workload,
             active: Cell::new(0),
             idle: RefCell::default(),
             keyed: RefCell::default(),
             idle_keyed: Cell::new(0),
             http2: Pool::default(),
         }
+    }
+
+    /// Whether it is a peer of the mesh, reached by a pod's own certificate: such a one is told who calls.
+    pub fn is_in_mesh(&self) -> bool {
+        self.workload.is_some() && self.tls.as_ref().is_some_and(|tls| tls.by_pod())
     }
 
     /// What a connection for `peer` may be used for again; `None` for all.

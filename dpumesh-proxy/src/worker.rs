@@ -23,12 +23,14 @@ use tokio::task::{AbortHandle, LocalSet};
 use tokio::time::Instant;
 
 use crate::access_log::Lines;
+use crate::closing::{Closing, Which};
 use crate::config::model::{Config, FilterChain, Listener, Terminal};
-use crate::health::Reporter;
+use crate::health;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
 use crate::http1::serve;
 use crate::http1::{self, buffer::Buffer};
+use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
 use crate::rbac;
@@ -50,6 +52,8 @@ const DRAIN_TICK: Duration = Duration::from_millis(20);
 pub enum Command {
     /// Take the configuration in the shared pointer; these sockets are new.
     Apply(Vec<(ListenerKey, TcpListener)>),
+    /// Close the sockets of these listeners; connections go on.
+    StopListening(Which),
     /// Stop accepting; end connections at their next response; end all at `deadline`.
     Drain {
         /// When idle connections are closed.
@@ -78,7 +82,9 @@ pub struct Start {
     /// Keys, chains and roots.
     pub secrets: Arc<dyn Secrets>,
     /// Where the health of endpoints is judged.
-    pub reports: Reporter,
+    pub reports: health::Reporter,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -92,6 +98,10 @@ pub struct Worker {
     pub lines: RefCell<Lines>,
     /// The `date` of this second.
     pub date: RefCell<Date>,
+    /// Its share of Istio's metrics.
+    pub reporter: RefCell<Reporter>,
+    /// `dpumesh.istio.*`
+    pub istio: Arc<Scope>,
     program: RefCell<Rc<Program>>,
     generation: Cell<u64>,
     draining: Cell<Option<(Instant, Instant)>>,
@@ -106,7 +116,9 @@ pub struct Worker {
     /// What is known of every plain connection.
     plain: Arc<Connection>,
     secrets: Arc<dyn Secrets>,
-    reports: Reporter,
+    reports: health::Reporter,
+    /// What operators said about ending.
+    pub closing: Arc<Closing>,
 }
 
 /// A configuration as one worker sees it.
@@ -222,6 +234,8 @@ impl Worker {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
+            reporter: RefCell::default(),
+            istio: start.registry.scope("dpumesh.istio", stats::Istio::TABLE),
             program: RefCell::new(Rc::new(program)),
             generation: Cell::new(generation),
             draining: Cell::new(None),
@@ -234,6 +248,7 @@ impl Worker {
             plain: Arc::default(),
             secrets: Arc::clone(&start.secrets),
             reports: start.reports.clone(),
+            closing: Arc::clone(&start.closing),
         })
     }
 
@@ -301,6 +316,9 @@ impl Worker {
 
     fn apply(&self, config: Arc<Config>) {
         let before = self.program();
+        if before.config.workloads != config.workloads {
+            self.reporter.borrow_mut().clear();
+        }
         self.generation.set(config.generation);
         let program = Program::new(config, self.shard, (&self.secrets, &self.reports), Some(&before));
         *self.program.borrow_mut() = Rc::new(program);
@@ -342,7 +360,7 @@ impl Program {
     fn new(
         config: Arc<Config>,
         shard: Shard,
-        (secrets, reports): (&Arc<dyn Secrets>, &Reporter),
+        (secrets, reports): (&Arc<dyn Secrets>, &health::Reporter),
         before: Option<&Self>,
     ) -> Self {
         let old: HashMap<&str, &Rc<Lane>> = match before {
@@ -414,6 +432,16 @@ async fn control(start: Start) {
                     worker.apply(config);
                     begin_listening(&worker, &mut accepting, sockets);
                     worker.wake_all();
+                }
+                Some(Command::StopListening(_)) => {
+                    let program = worker.program();
+                    let stopped = |name: &str| {
+                        let mut listeners = program.config.listeners.iter();
+                        listeners.any(|l| l.name == name && worker.closing.has_stopped(l.direction))
+                    };
+                    accepting
+                        .extract_if(|key, _| stopped(&key.0))
+                        .for_each(|(key, last)| last.end(&worker, &key.0));
                 }
                 Some(Command::Drain { idle, deadline }) => {
                     worker.draining.set(Some((idle, deadline)));
@@ -575,6 +603,7 @@ async fn connection(
     }
     let _by_port = ingress.map(|port| ByPort::new(&worker, port));
     stats.inc(shard, stats::Listener::CxActive);
+    let begun = Instant::now();
     let place = Place { listener, chain };
     match terminal {
         Terminal::Http(manager) => serve::serve(worker, program, entry, stream, peer, place, manager).await,
@@ -582,6 +611,7 @@ async fn connection(
     }
     stats.dec(shard, stats::Listener::CxActive);
     stats.inc(shard, stats::Listener::CxDestroy);
+    stats.record_since(shard, stats::Listener::CxLength, begun);
 }
 
 /// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.

@@ -389,11 +389,30 @@ impl Pod {
     }
 }
 
+/// What the metrics of a pod call it, beside its name. Empty is unknown.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Workload {
+    /// The Deployment or the like that made it.
+    pub name: String,
+    /// Istio's canonical service.
+    pub canonical_name: String,
+    /// Its revision.
+    pub canonical_revision: String,
+    /// The cluster (of machines) it runs in.
+    pub cluster: String,
+    /// Label `app`.
+    pub app: String,
+    /// Label `version`.
+    pub version: String,
+}
+
 /// Everything the control plane said for one pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodView {
     /// Which pod.
     pub pod: Pod,
+    /// What its metrics call it.
+    pub workload: Workload,
     /// By name.
     pub listeners: BTreeMap<String, Arc<Listener>>,
     /// By name.
@@ -409,6 +428,7 @@ impl PodView {
     pub fn new(pod: Pod) -> Self {
         Self {
             pod,
+            workload: Workload::default(),
             listeners: BTreeMap::new(),
             routes: BTreeMap::new(),
             clusters: BTreeMap::new(),

@@ -305,6 +305,7 @@ mod tests {
                     metadata: Arc::default(),
                     check_port: None,
                     state: Arc::new(State::default()),
+                    workload: None,
                 });
             }
         }

@@ -193,6 +193,7 @@ mod tests {
             metadata: fields(metadata).into(),
             check_port: None,
             state: Arc::new(State::default()),
+            workload: None,
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use prost_reflect::Value;
 
 use super::ConfigError;
+use super::istio;
 use super::model::{Balance, ClusterKind, Endpoint};
 use super::re2;
 use super::schema::At;
@@ -317,6 +318,7 @@ pub(super) fn endpoints(
                     metadata: said,
                     check_port: check_port(&endpoint)?,
                     state: states.of(address),
+                    workload: istio::workload(&entry),
                 });
             }
         }

@@ -2,6 +2,7 @@
 //! updates are never looked at.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde_json::Value;
 
@@ -25,6 +26,17 @@ pub struct Dump {
     pub(super) endpoints: Vec<Arc<Item>>,
 }
 
+/// A resource as it is shown.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// Empty for what stands in the bootstrap.
+    pub version: String,
+    /// When it came.
+    pub updated: SystemTime,
+    /// Itself.
+    pub value: Value,
+}
+
 impl Dump {
     pub(super) fn new(bootstrap: Arc<At>) -> Self {
         Self {
@@ -42,55 +54,79 @@ impl Dump {
     }
 
     /// Listeners of the bootstrap.
-    pub fn static_listeners(&self) -> Vec<Value> {
+    pub fn static_listeners(&self) -> Vec<Shown> {
         fixed(&self.listeners)
     }
 
     /// Listeners from LDS, with their versions.
-    pub fn dynamic_listeners(&self) -> Vec<(String, Value)> {
+    pub fn dynamic_listeners(&self) -> Vec<Shown> {
         moving(&self.listeners)
     }
 
     /// Clusters of the bootstrap.
-    pub fn static_clusters(&self) -> Vec<Value> {
+    pub fn static_clusters(&self) -> Vec<Shown> {
         fixed(&self.clusters)
     }
 
     /// Clusters from CDS, with their versions.
-    pub fn dynamic_clusters(&self) -> Vec<(String, Value)> {
+    pub fn dynamic_clusters(&self) -> Vec<Shown> {
         moving(&self.clusters)
     }
 
     /// Route configurations that stand in listeners.
-    pub fn static_routes(&self) -> Vec<Value> {
-        let filters = self.listeners.iter().flat_map(|placed| filters(&placed.item.at));
-        let inline = filters.filter_map(|filter| filter.ok().flatten()?.message("route_config"));
-        inline.map(|routes| json(&routes)).collect()
+    pub fn static_routes(&self) -> Vec<Shown> {
+        let mut all = Vec::new();
+        for placed in &self.listeners {
+            let filters = filters(&placed.item.at);
+            let inline = filters.filter_map(|filter| filter.ok().flatten()?.message("route_config"));
+            all.extend(inline.map(|routes| Shown {
+                value: json(&routes),
+                ..shown(&placed.item)
+            }));
+        }
+        all
     }
 
     /// Route configurations from RDS, with their versions.
-    pub fn dynamic_routes(&self) -> Vec<(String, Value)> {
-        self.routes.iter().map(|item| versioned(item)).collect()
+    pub fn dynamic_routes(&self) -> Vec<Shown> {
+        self.routes.iter().map(|item| shown(item)).collect()
     }
 
     /// Endpoint assignments from EDS, with their versions.
-    pub fn endpoints(&self) -> Vec<(String, Value)> {
-        self.endpoints.iter().map(|item| versioned(item)).collect()
+    pub fn endpoints(&self) -> Vec<Shown> {
+        self.endpoints.iter().map(|item| shown(item)).collect()
+    }
+
+    /// Endpoint assignments that stand in clusters of the bootstrap.
+    pub fn static_endpoints(&self) -> Vec<Shown> {
+        let fixed = self.clusters.iter().filter(|placed| !placed.dynamic);
+        let inline = fixed.filter_map(|placed| {
+            let assignment = placed.item.at.message("load_assignment")?;
+            Some(Shown {
+                value: json(&assignment),
+                ..shown(&placed.item)
+            })
+        });
+        inline.collect()
     }
 }
 
-fn fixed(placed: &[Placed]) -> Vec<Value> {
+fn fixed(placed: &[Placed]) -> Vec<Shown> {
     let fixed = placed.iter().filter(|placed| !placed.dynamic);
-    fixed.map(|placed| json(&placed.item.at)).collect()
+    fixed.map(|placed| shown(&placed.item)).collect()
 }
 
-fn moving(placed: &[Placed]) -> Vec<(String, Value)> {
+fn moving(placed: &[Placed]) -> Vec<Shown> {
     let moving = placed.iter().filter(|placed| placed.dynamic);
-    moving.map(|placed| versioned(&placed.item)).collect()
+    moving.map(|placed| shown(&placed.item)).collect()
 }
 
-fn versioned(item: &Item) -> (String, Value) {
-    (item.version.clone(), json(&item.at))
+fn shown(item: &Item) -> Shown {
+    Shown {
+        version: item.version.clone(),
+        updated: item.updated,
+        value: json(&item.at),
+    }
 }
 
 fn json(at: &At) -> Value {

@@ -619,6 +619,10 @@ fn compile(
         node,
         admin,
         listeners: compiled_listeners,
+        workloads: compiled
+            .iter()
+            .flat_map(|c| c.workloads.iter().cloned())
+            .collect(),
         clusters: compiled,
         reads,
         dump,

@@ -6,12 +6,14 @@
 //! [`files::Files`] holds the last good text of every file; a change is tried as a whole and takes effect as a whole, or
 //! not at all.
 
+mod access_log;
 pub mod ads;
 mod balancing;
 pub mod dump;
 pub mod files;
 mod health;
 mod http_filters;
+mod istio;
 mod jwt;
 mod made;
 pub mod model;

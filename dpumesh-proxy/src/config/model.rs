@@ -21,6 +21,7 @@ use crate::health::outlier::Detection;
 use crate::health::{self, Eds, Health, State};
 use crate::http1::policy::HttpPolicy;
 use crate::http2;
+use crate::istio::{Pod, Pods, Workload};
 use crate::listener::{Facts, Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::{self, Scope, Shard};
@@ -39,6 +40,8 @@ pub struct Config {
     pub listeners: Vec<Arc<Listener>>,
     /// Clusters; [`ClusterRef::index`] points here.
     pub clusters: Vec<Arc<Cluster>>,
+    /// Who the local pods are, by address.
+    pub workloads: Pods,
     /// The files it was read from.
     pub reads: Subscriptions,
     /// The resources as they were read, for `/config_dump`.
@@ -141,10 +144,21 @@ pub struct Listener {
     pub fingerprint: u64,
     /// Of its message without the chains and what chooses among them: while it is the same, connections on unchanged chains go on.
     pub frame: u64,
+    /// Which way its connections go, seen from local pods.
+    pub direction: Option<Direction>,
     /// `listener.ADDRESS.*`
     pub stats: Arc<Scope>,
     /// Whether it came by LDS.
     pub dynamic: bool,
+}
+
+/// `traffic_direction`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// To local pods.
+    Inbound,
+    /// From local pods.
+    Outbound,
 }
 
 /// Upstream connections bound to the client's address.
@@ -322,6 +336,21 @@ pub struct Cluster {
     pub http2: Http2,
     /// Whether it came by CDS.
     pub dynamic: bool,
+    /// The service it stands for, as its metadata says.
+    pub service: Option<Service>,
+    /// Who local pods are, as its metadata says.
+    pub workloads: Vec<(IpAddr, Arc<Pod>)>,
+}
+
+/// A service of the mesh.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Its host name.
+    pub host: String,
+    /// Its own name.
+    pub name: String,
+    /// Kubernetes namespace.
+    pub namespace: String,
 }
 
 /// What a cluster's endpoints speak.
@@ -473,6 +502,8 @@ pub struct Endpoint {
     pub check_port: Option<u16>,
     /// What is found out about its health, by all workers.
     pub state: Arc<State>,
+    /// Who serves there, as its metadata says.
+    pub workload: Option<Arc<Workload>>,
 }
 
 impl Endpoint {
@@ -493,6 +524,7 @@ impl PartialEq for Endpoint {
                 e.locality,
                 tls,
                 Arc::clone(&e.metadata),
+                e.workload.clone(),
             )
         };
         own(self) == own(other)

@@ -1,6 +1,7 @@
 //! [`Item`]: a resource as it was read, and what it needs of others. It never changes, so what was found out about it once stays true.
 
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use super::ConfigError;
 use super::schema::At;
@@ -12,6 +13,8 @@ pub(super) struct Item {
     pub(super) at: At,
     /// Empty for what stands in the bootstrap.
     pub(super) version: String,
+    /// When it came.
+    pub(super) updated: SystemTime,
     routes: OnceLock<Result<Vec<RouteUse>>>,
 }
 
@@ -40,6 +43,7 @@ impl Item {
         Self {
             at,
             version,
+            updated: SystemTime::now(),
             routes: OnceLock::new(),
         }
     }

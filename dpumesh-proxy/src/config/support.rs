@@ -73,6 +73,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "filter_chain_matcher",
             "listener_filters_timeout",
             "continue_on_listener_filters_timeout",
+            "traffic_direction",
         ],
     ),
     ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
@@ -657,6 +658,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.cluster.v3.Cluster",
         &[
+            "metadata",
             "name",
             "alt_stat_name",
             "type",
@@ -823,10 +825,41 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.config.endpoint.v3.Endpoint",
         &["address", "hostname", "health_check_config"],
     ),
-    ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
+    (
+        "envoy.config.accesslog.v3.AccessLog",
+        &["name", "filter", "typed_config"],
+    ),
+    (
+        "envoy.config.accesslog.v3.AccessLogFilter",
+        &[
+            "status_code_filter",
+            "duration_filter",
+            "not_health_check_filter",
+            "runtime_filter",
+            "and_filter",
+            "or_filter",
+            "header_filter",
+            "response_flag_filter",
+            "grpc_status_filter",
+        ],
+    ),
+    ("envoy.config.accesslog.v3.StatusCodeFilter", &["comparison"]),
+    ("envoy.config.accesslog.v3.DurationFilter", &["comparison"]),
+    ("envoy.config.accesslog.v3.ComparisonFilter", &["op", "value"]),
+    ("envoy.config.core.v3.RuntimeUInt32", &["default_value"]),
+    ("envoy.config.accesslog.v3.NotHealthCheckFilter", &[]),
+    ("envoy.config.accesslog.v3.RuntimeFilter", &["percent_sampled"]),
+    ("envoy.config.accesslog.v3.AndFilter", &["filters"]),
+    ("envoy.config.accesslog.v3.OrFilter", &["filters"]),
+    ("envoy.config.accesslog.v3.HeaderFilter", &["header"]),
+    ("envoy.config.accesslog.v3.ResponseFlagFilter", &["flags"]),
+    (
+        "envoy.config.accesslog.v3.GrpcStatusFilter",
+        &["statuses", "exclude"],
+    ),
     (
         "envoy.extensions.access_loggers.file.v3.FileAccessLog",
-        &["path", "format", "log_format"],
+        &["path", "format", "json_format", "typed_json_format", "log_format"],
     ),
     (
         "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
@@ -838,7 +871,12 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.config.core.v3.SubstitutionFormatString",
-        &["text_format", "text_format_source"],
+        &[
+            "text_format",
+            "text_format_source",
+            "json_format",
+            "omit_empty_values",
+        ],
     ),
     (
         "envoy.config.listener.v3.ListenerFilterChainMatchPredicate",
@@ -1110,11 +1148,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
     ),
     (
         "envoy.config.listener.v3.Listener",
-        "traffic_direction",
-        "a label",
-    ),
-    (
-        "envoy.config.listener.v3.Listener",
         "per_connection_buffer_limit_bytes",
         "buffers here are fixed and smaller",
     ),
@@ -1155,6 +1188,11 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "there is no runtime to override the default",
     ),
     (
+        "envoy.config.core.v3.RuntimeUInt32",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
         "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
         "trace_sampled",
         "nothing is traced: a provider is refused",
@@ -1163,6 +1201,16 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.config.core.v3.RuntimeFeatureFlag",
         "runtime_key",
         "there is no runtime to override the default",
+    ),
+    (
+        "envoy.config.accesslog.v3.RuntimeFilter",
+        "runtime_key",
+        "there is no runtime to override the default",
+    ),
+    (
+        "envoy.config.accesslog.v3.RuntimeFilter",
+        "use_independent_randomness",
+        "it is independent in any case",
     ),
     (
         "envoy.config.core.v3.RuntimeFractionalPercent",
@@ -1213,11 +1261,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "pack_trace_reason",
         "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.config.cluster.v3.Cluster",
-        "metadata",
-        "no filter reads it",
     ),
     (
         "envoy.config.cluster.v3.Cluster",

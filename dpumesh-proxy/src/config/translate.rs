@@ -16,17 +16,18 @@ use dpumesh_hw::stream::kernel::SocketOptions;
 use super::ConfigError;
 use super::files::Service;
 use super::http_filters;
+use super::istio;
 use super::made::Made;
 use super::model::{
-    ChainMatch, Cluster, ClusterKind, ClusterRef, Codec, Endpoint, FilterChain, Http2, HttpManager, Limits,
-    Listener, OriginalSrc, Protocol, RetryLimit, ServerHeader, TcpProxy, Terminal, Underscores, Weighted,
-    cluster_ref,
+    ChainMatch, Cluster, ClusterKind, ClusterRef, Codec, Direction, Endpoint, FilterChain, Http2,
+    HttpManager, Limits, Listener, OriginalSrc, Protocol, RetryLimit, ServerHeader, TcpProxy, Terminal,
+    Underscores, Weighted, cluster_ref,
 };
 use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
 use super::{balancing, health, translate_matcher, translate_route};
-use crate::access_log::{AccessLog, Sinks};
+use crate::access_log::Sinks;
 use crate::balance::{Current, Picker};
 use crate::listener::{Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
@@ -203,6 +204,11 @@ impl Context<'_> {
                 .map(|c| self.filter_chain(&c, &scope, dynamic).map(Arc::new))
                 .transpose()?,
             access_log: self.access_logs(at)?,
+            direction: match at.choice("traffic_direction").as_str() {
+                "INBOUND" => Some(Direction::Inbound),
+                "OUTBOUND" => Some(Direction::Outbound),
+                _ => None,
+            },
             fingerprint: fingerprint(at),
             frame: frame(at),
             stats: self.registry.scope(&scope, stats::Listener::TABLE),
@@ -397,45 +403,6 @@ impl Context<'_> {
         if same { find(self.before) } else { None }
     }
 
-    fn access_logs(&self, at: &At) -> Result<Vec<Arc<AccessLog>>> {
-        at.messages("access_log")
-            .iter()
-            .map(|log| self.access_log(log))
-            .collect()
-    }
-
-    fn access_log(&self, at: &At) -> Result<Arc<AccessLog>> {
-        let Some(config) = at.any("typed_config")? else {
-            return Err(at.refuse("typed_config", "must be given"));
-        };
-        let path = match config.type_name().as_str() {
-            "envoy.extensions.access_loggers.file.v3.FileAccessLog" => config.required_text("path")?,
-            "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog" => "/dev/stdout".to_owned(),
-            "envoy.extensions.access_loggers.stream.v3.StderrAccessLog" => "/dev/stderr".to_owned(),
-            other => return Err(config.refuse("", format!("{other} is not an access logger this proxy has"))),
-        };
-        let mut format = Some(config.text("format")).filter(|f| !f.is_empty());
-        let mut format_path = config.path_of("format");
-        if let Some(log_format) = config.message("log_format") {
-            if log_format.has("text_format") {
-                format = Some(log_format.text("text_format"));
-                format_path = log_format.path_of("text_format");
-            } else if let Some(source) = log_format.message("text_format_source") {
-                let bytes = translate_route::data_source(&source)?;
-                format_path = source.path.clone();
-                let text = String::from_utf8(bytes).map_err(|_| source.refuse("", "must be UTF-8"))?;
-                format = Some(text);
-            }
-        }
-        let sink = self
-            .sinks
-            .open(&path)
-            .map_err(|e| config.refuse("path", format!("cannot be opened: {e}")))?;
-        AccessLog::new(format.as_deref(), sink)
-            .map(Arc::new)
-            .map_err(|e| ConfigError::new(format_path, e))
-    }
-
     fn known_cluster(&self, at: &At, field: &str, dynamic: bool) -> Result<ClusterRef> {
         let name = at.required_text(field)?;
         let cluster = cluster_ref(&name, &self.clusters);
@@ -511,6 +478,8 @@ impl Context<'_> {
         Ok(Arc::new(Cluster {
             stats: self.registry.scope(&scope, stats::Cluster::TABLE),
             tls: sockets.of(&[]),
+            service: istio::service(at),
+            workloads: istio::workloads(at, &self.registry.istio)?,
             name,
             kind,
             connect_timeout,
@@ -864,7 +833,7 @@ fn limits(at: &At) -> Result<Limits> {
 }
 
 /// Fields of a `google.protobuf.Struct`.
-type Fields = Vec<(String, Value)>;
+pub(super) type Fields = Vec<(String, Value)>;
 
 /// TLS to an endpoint; `None` for plain TCP.
 type Way = Option<Arc<ClientContext>>;
@@ -894,7 +863,7 @@ impl Sockets {
 
     /// That of an `LbEndpoint`.
     pub(super) fn of_endpoint(&self, entry: &At) -> Way {
-        self.of(&transport_metadata(entry))
+        self.of(&metadata(entry, "envoy.transport_socket_match"))
     }
 
     /// That of the first match whose every field `metadata` has.
@@ -908,7 +877,7 @@ impl Sockets {
 }
 
 /// The fields of a `google.protobuf.Struct`.
-fn fields(at: &At) -> Vec<(String, Value)> {
+pub(super) fn fields(at: &At) -> Vec<(String, Value)> {
     let value = at.message.get_field_by_name("fields");
     let Some(Value::Map(map)) = value.as_deref() else {
         return Vec::new();
@@ -918,8 +887,8 @@ fn fields(at: &At) -> Vec<(String, Value)> {
     map.iter().filter_map(field).collect()
 }
 
-/// What an endpoint's metadata says of its transport.
-fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
+/// What the metadata of an endpoint or cluster says under `key`.
+pub(super) fn metadata(entry: &At, key: &str) -> Fields {
     let Some(metadata) = entry.message("metadata") else {
         return Vec::new();
     };
@@ -927,10 +896,7 @@ fn transport_metadata(entry: &At) -> Vec<(String, Value)> {
     let Some(Value::Map(map)) = value.as_deref() else {
         return Vec::new();
     };
-    let of_transport = map
-        .iter()
-        .find(|(key, _)| key.as_str() == Some("envoy.transport_socket_match"));
-    match of_transport {
+    match map.iter().find(|(k, _)| k.as_str() == Some(key)) {
         Some((_, Value::Message(message))) => fields(&At::new(message.clone(), "")),
         _ => Vec::new(),
     }

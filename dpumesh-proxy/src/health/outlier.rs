@@ -528,6 +528,7 @@ mod tests {
             metadata: Arc::default(),
             check_port: None,
             state: Arc::new(State::default()),
+            workload: None,
         };
         (1..=count).map(one).collect()
     }

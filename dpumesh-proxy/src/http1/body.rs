@@ -114,6 +114,11 @@ impl Flow {
         self.trailers = Some(Vec::new());
     }
 
+    /// The trailers that were passed on, lines as they came.
+    pub fn take_trailers(&mut self) -> Option<Vec<u8>> {
+        self.trailers.take().filter(|t| !t.is_empty())
+    }
+
     fn longest_trailers(&self) -> usize {
         if self.trailers.is_some() {
             LONGEST_TRAILERS

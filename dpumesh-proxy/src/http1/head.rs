@@ -104,6 +104,8 @@ pub enum FieldKind {
     ClientCert,
     /// `x-forwarded-for`
     ForwardedFor,
+    /// `x-envoy-peer-metadata` and `x-envoy-peer-metadata-id`
+    PeerMetadata,
     /// `x-envoy-attempt-count`
     AttemptCount,
     /// `x-envoy-upstream-rq-timeout-ms`
@@ -513,6 +515,7 @@ fn envoy_kind(rest: &[u8]) -> FieldKind {
         b"upstream-rq-timeout-ms" => FieldKind::TimeoutMs,
         b"upstream-service-time" => FieldKind::ServiceTime,
         b"attempt-count" => FieldKind::AttemptCount,
+        b"peer-metadata" | b"peer-metadata-id" => FieldKind::PeerMetadata,
         b"internal"
         | b"expected-rq-timeout-ms"
         | b"retry-on"

@@ -13,6 +13,7 @@ use super::client_cert;
 use super::head::{FieldKind, Framing, RequestHead};
 use super::reply;
 use crate::config::model::{HttpManager, ServerHeader, Underscores};
+use crate::istio::{Reporting, Role};
 use crate::route::upgrade::Tunnel;
 use crate::route::{AddHeader, AddHow, Forward, HeaderChanges, PathRewrite, Route};
 use crate::tls::Connection;
@@ -46,6 +47,10 @@ pub(super) struct Rewrite<'a> {
     pub(super) attempt: u32,
     /// Whether the endpoint is told, and the client.
     pub(super) tell_attempt: (bool, bool),
+    /// The local pod, where Istio's metrics are made.
+    pub(super) reporting: Option<&'a Reporting>,
+    /// Whether the endpoint is a peer of the mesh.
+    pub(super) to_mesh: bool,
     asked_timeout: Option<Duration>,
     sent_at: Instant,
 }
@@ -123,6 +128,8 @@ impl<'a> Rewrite<'a> {
             tunnel_open: false,
             attempt: 1,
             tell_attempt: (false, false),
+            reporting: None,
+            to_mesh: false,
             asked_timeout,
             sent_at: Instant::now(),
         }
@@ -345,6 +352,7 @@ pub(super) fn request_head(
             FieldKind::ContentLength => !request.connect,
             FieldKind::Upgrade => rewrite.tunnel == Some(Tunnel::Upgrade),
             FieldKind::AttemptCount => !rewrite.tell_attempt.0,
+            FieldKind::PeerMetadata => rewrite.reporting.is_none(),
             FieldKind::RequestId => !rewrite.made_id,
             FieldKind::ForwardedProto => {
                 let known = value.eq_ignore_ascii_case(b"http") || value.eq_ignore_ascii_case(b"https");
@@ -373,6 +381,12 @@ pub(super) fn request_head(
     if rewrite.made_id && !changes.drops(b"x-request-id") {
         reply::header(b"x-request-id", &rewrite.request_id, &mut out);
     }
+    if let Some(reporting) = rewrite
+        .reporting
+        .filter(|r| rewrite.to_mesh && r.role == Role::Source)
+    {
+        peer_metadata(reporting, &mut out);
+    }
     if !manager.policy.suppress_envoy_headers {
         envoy_headers(buffers, rewrite, &changes, time_limit, asked_host, &mut out);
     }
@@ -385,6 +399,13 @@ pub(super) fn request_head(
     changes.write(&mut out);
     out.extend_from_slice(b"\r\n");
     buffers.request_out = out;
+}
+
+/// Tells the other end who this one is.
+fn peer_metadata(reporting: &Reporting, out: &mut Vec<u8>) {
+    let (id, workload) = &reporting.pod.told;
+    reply::header(b"x-envoy-peer-metadata", workload.as_bytes(), out);
+    reply::header(b"x-envoy-peer-metadata-id", id.as_bytes(), out);
 }
 
 fn envoy_headers(
@@ -435,6 +456,7 @@ pub(super) fn response_head(
             | FieldKind::ForwardedFor
             | FieldKind::TimeoutMs => true,
             FieldKind::AttemptCount => !rewrite.tell_attempt.1,
+            FieldKind::PeerMetadata => rewrite.reporting.is_none(),
             FieldKind::RequestId => !manager.request_id_in_response,
             FieldKind::ContentLength => status != 204 && !rewrite.tunnel_open,
             FieldKind::Upgrade => rewrite.tunnel_open && status == 101,
@@ -461,6 +483,16 @@ pub(super) fn response_head(
     }
     if rewrite.tell_attempt.1 && !changes.drops(b"x-envoy-attempt-count") {
         reply::header_number(b"x-envoy-attempt-count", u64::from(rewrite.attempt), &mut out);
+    }
+    if let Some(reporting) = rewrite.reporting.filter(|r| r.role == Role::Destination)
+        && buffers
+            .request
+            .fields
+            .fields
+            .iter()
+            .any(|f| f.kind == FieldKind::PeerMetadata)
+    {
+        peer_metadata(reporting, &mut out);
     }
     changes.write(&mut out);
     if manager.request_id_in_response {

@@ -65,6 +65,11 @@ impl Call {
         self.in_use.shared().local
     }
 
+    /// The SPIFFE id that the endpoint's certificate has.
+    pub fn principal(&self) -> Option<std::sync::Arc<str>> {
+        self.in_use.shared().principal.clone()
+    }
+
     fn ask(&mut self, data: &[u8]) -> io::Result<usize> {
         let (used, head) = self.outgoing.head(data)?;
         let Some(head) = head else {

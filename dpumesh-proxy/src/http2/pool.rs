@@ -6,6 +6,7 @@ use std::hash::Hash;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Context;
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub struct Shared {
     pub(super) tls: bool,
     /// Our end of it.
     pub(super) local: Option<SocketAddr>,
+    /// The SPIFFE id that the endpoint's certificate has.
+    pub(super) principal: Option<Arc<str>>,
     freed: Rc<Freed>,
 }
 
@@ -141,7 +144,7 @@ impl<K: Eq + Hash + Clone> Pool<K> {
         counted: impl Sized + 'static,
     ) -> io::Result<Call> {
         let tls = matches!(stream, Stream::Tls(_));
-        let local = stream.local_addr();
+        let (local, principal) = (stream.local_addr(), crate::tls::principal(&stream));
         let begun = builder(terms.http2).handshake(stream).await;
         let (request, connection) = begun.map_err(super::broken)?;
         let closed = Rc::new(Cell::new(false));
@@ -154,6 +157,7 @@ impl<K: Eq + Hash + Clone> Pool<K> {
             closed: Rc::clone(&closed),
             tls,
             local,
+            principal,
             freed: Rc::clone(terms.freed),
         });
         tokio::task::spawn_local(async move {

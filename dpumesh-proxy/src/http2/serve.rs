@@ -216,7 +216,8 @@ impl Client {
             let grace = self.manager.idle_timeout.filter(|_| idle).map(|t| idle_since + t);
             let draining = self.worker.draining();
             if !self.leaving {
-                if draining.is_some() || !self.is_in_force() {
+                let closes = self.worker.closing.closes(self.place.listener.direction);
+                if draining.is_some() || closes || !self.is_in_force() {
                     return Poll::Ready(Event::Leave(Stat::CxDrainClose));
                 }
                 return match self.alarm.poll(cx, grace) {

@@ -23,6 +23,16 @@ pub use context::{ClientContext, HandshakeError, Protocols, ServerContext};
 pub use secrets::{Certified, Roots, Secrets};
 pub use stream::Stream;
 
+/// The first URI in the certificate that an endpoint has proved itself with.
+pub(crate) fn principal(stream: &Stream) -> Option<Arc<str>> {
+    let Stream::Tls(tls) = stream else {
+        return None;
+    };
+    let certificate = tls.get_ref().1.peer_certificates()?.first()?;
+    let names = san::Names::of(certificate).ok()?;
+    names.uri.first().map(|uri| Arc::from(uri.as_str()))
+}
+
 /// What a verified certificate says of the peer. Exists only after the handshake proved it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PeerIdentity {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::harness::{Client, Endpoint, Running, await_true};
+use crate::harness::{Client, Endpoint, Message, Running, await_true};
 
 /// A proxy under test.
 pub(crate) enum Subject {
@@ -91,6 +91,20 @@ impl Subject {
                 let text = get(*admin, "/stats");
                 let line = text.lines().find_map(|l| l.strip_prefix(&format!("{name}: ")));
                 line.and_then(|n| n.trim().parse().ok()).unwrap_or_default()
+            }
+        }
+    }
+
+    /// What the admin server answers.
+    pub(crate) fn ask_admin(&self, method: &str, path: &str) -> Message {
+        match self {
+            Self::Ours(running) => running.admin(method, path),
+            Self::Envoy { admin, .. } => {
+                let mut client = Client::connect(*admin);
+                client.send(format!(
+                    "{method} {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n"
+                ));
+                client.receive()
             }
         }
     }

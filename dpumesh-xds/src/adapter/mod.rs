@@ -257,13 +257,14 @@ impl Adapter {
     /// Takes changed views to the governor; which pods' they are.
     fn views_changed(&mut self) -> Vec<String> {
         let mut changed = Vec::new();
-        for (pod, view) in self.views.take() {
+        for (pod, mut view) in self.views.take() {
             // A last word of a stream that ended is nobody's.
             if self
                 .streams
                 .get(&pod.key())
                 .is_some_and(|stream| stream.pod == pod)
             {
+                view.workload = pod.workload(&self.parts.mesh.cluster_id);
                 self.governor.put(&pod, view);
                 changed.push(pod.key());
             }

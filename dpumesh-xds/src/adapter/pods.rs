@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use crate::ir::{Identity, Pod};
+use crate::ir::{Identity, Pod, Workload};
 use crate::mesh::Binding;
 
 /// A local pod, as the operator lists it.
@@ -104,10 +104,55 @@ impl LocalPod {
         }
     }
 
+    /// What its metrics call it, as Istio's injection names it: by its labels, and where they do not say, by its name.
+    pub fn workload(&self, cluster: &str) -> Workload {
+        let label = |names: &[&str]| {
+            let mut found = names.iter().filter_map(|name| self.labels.get(*name));
+            found.find(|value| !value.is_empty()).cloned()
+        };
+        let name = workload_name(&self.name, &self.labels);
+        Workload {
+            canonical_name: label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+                .unwrap_or_else(|| name.clone()),
+            canonical_revision: label(&[
+                "service.istio.io/canonical-revision",
+                "app.kubernetes.io/version",
+                "version",
+            ])
+            .unwrap_or_else(|| "latest".to_owned()),
+            cluster: cluster.to_owned(),
+            app: label(&["app"]).unwrap_or_default(),
+            version: label(&["version"]).unwrap_or_default(),
+            name,
+        }
+    }
+
     /// Whether a stream for `self` is one for `other`: labels may change under it.
     pub fn is(&self, other: &Self) -> bool {
         self.uid == other.uid && self.pod() == other.pod() && self.token == other.token
     }
+}
+
+/// The name of what made a pod. The pod's own name has it in front; the labels that controllers put on their pods tell how much of it.
+fn workload_name(pod: &str, labels: &BTreeMap<String, String>) -> String {
+    if let Some(job) = labels
+        .get("batch.kubernetes.io/job-name")
+        .or_else(|| labels.get("job-name"))
+    {
+        return job.clone();
+    }
+    if let Some(hash) = labels.get("pod-template-hash")
+        && let Some((deployment, _)) = pod.rsplit_once(&format!("-{hash}-"))
+    {
+        return deployment.to_owned();
+    }
+    // StatefulSets and DaemonSets have no other name between their own and the pod's.
+    if labels.contains_key("controller-revision-hash")
+        && let Some((set, _)) = pod.rsplit_once('-')
+    {
+        return set.to_owned();
+    }
+    pod.to_owned()
 }
 
 /// `pod.namespace`.
@@ -279,6 +324,41 @@ mod tests {
 
     fn uids(pods: &Pods) -> Vec<String> {
         pods.local().into_values().map(|pod| pod.uid).collect()
+    }
+
+    #[test]
+    fn a_workload_is_named_as_istio_names_it() {
+        let pod = |name: &str, labels: &[(&str, &str)]| LocalPod {
+            name: name.into(),
+            labels: labels
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+            ..joined(&binding("1"), &asked("1"))
+        };
+        for (name, labels, wanted) in [
+            ("web-5d4f-x2x9z", &[("pod-template-hash", "5d4f")][..], "web"),
+            ("web-5d4f-x2x9z", &[], "web-5d4f-x2x9z"),
+            ("db-0", &[("controller-revision-hash", "db-77")], "db"),
+            ("load-x1", &[("job-name", "load")], "load"),
+        ] {
+            assert_eq!(pod(name, labels).workload("c").name, wanted, "{name}");
+        }
+        let bare = pod("web", &[]).workload("c");
+        let (name, revision) = (&*bare.canonical_name, &*bare.canonical_revision);
+        assert_eq!(
+            (name, revision, &*bare.app, &*bare.cluster),
+            ("web", "latest", "", "c")
+        );
+        let labels = [
+            ("app", "a"),
+            ("version", "2"),
+            ("app.kubernetes.io/name", "k"),
+            ("service.istio.io/canonical-revision", "r"),
+        ];
+        let full = pod("web", &labels).workload("c");
+        assert_eq!((&*full.canonical_name, &*full.canonical_revision), ("k", "r"));
+        assert_eq!((&*full.app, &*full.version), ("a", "2"));
     }
 
     #[test]

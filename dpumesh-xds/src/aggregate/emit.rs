@@ -10,9 +10,11 @@ use serde_json::json;
 use super::matcher::{self, DENY};
 use super::program::{Program, Shared, SharedChain, group};
 use super::tree::Tree;
-use super::{DENY_CLUSTER, HAIRPIN_MARK, INBOUND, Interception, OUTBOUND, Options, WIDENED_TIMEOUT};
+use super::{
+    DENY_CLUSTER, HAIRPIN_MARK, INBOUND, Interception, OUTBOUND, Options, WIDENED_TIMEOUT, WORKLOADS,
+};
 use crate::discovery::ResourceType;
-use crate::ir::{Body, PodView, PortSet, Role};
+use crate::ir::{Body, PodView, PortSet, Role, Workload};
 use crate::schema;
 use crate::snapshot::Snapshot;
 use crate::translate::{Note, encode, open};
@@ -28,7 +30,8 @@ pub(super) fn snapshot(
     notes: &mut Vec<Note>,
 ) -> Snapshot {
     let mut snapshot = Snapshot::default();
-    snapshot.insert(ResourceType::Cluster, DENY_CLUSTER, encode(&deny_cluster()));
+    let deny = encode(&deny_cluster(programs, views));
+    snapshot.insert(ResourceType::Cluster, DENY_CLUSTER, deny);
     for (name, cluster) in &shared.clusters {
         let mut message = named(&cluster.content.body, "name", name);
         // Asked in this order: asking for a field to change it puts it there.
@@ -85,11 +88,37 @@ fn named(body: &Body, field: &str, name: &str) -> DynamicMessage {
     message
 }
 
-fn deny_cluster() -> DynamicMessage {
-    written(
-        "envoy.config.cluster.v3.Cluster",
-        &json!({"name": DENY_CLUSTER, "type": "STATIC", "connect_timeout": "1s"}),
-    )
+fn deny_cluster(programs: &[Program], views: &[&PodView]) -> DynamicMessage {
+    let mut cluster = json!({"name": DENY_CLUSTER, "type": "STATIC", "connect_timeout": "1s"});
+    let workloads = workloads(programs, views);
+    if !workloads.is_empty() {
+        cluster["metadata"] = json!({"filter_metadata": {WORKLOADS: workloads}});
+    }
+    written("envoy.config.cluster.v3.Cluster", &cluster)
+}
+
+/// Who the pods with a program are.
+fn workloads(programs: &[Program], views: &[&PodView]) -> serde_json::Map<String, serde_json::Value> {
+    let has_program = |key: &String| programs.iter().any(|program| program.pod == *key);
+    let known = views
+        .iter()
+        .filter(|view| view.workload != Workload::default() && has_program(&view.pod.key()));
+    let describe = |view: &&PodView| {
+        let (workload, identity) = (&view.workload, &view.pod.identity);
+        let addresses: Vec<String> = view.pod.addresses.iter().map(ToString::to_string).collect();
+        let said = json!({
+            "addresses": addresses.join(","),
+            "workload": workload.name,
+            "namespace": identity.namespace,
+            "canonical_name": workload.canonical_name,
+            "canonical_revision": workload.canonical_revision,
+            "cluster": workload.cluster,
+            "app": workload.app,
+            "version": workload.version,
+        });
+        (view.pod.key(), said)
+    };
+    known.map(describe).collect()
 }
 
 /// Reads a message that this module wrote as JSON.

@@ -41,6 +41,10 @@ pub const INBOUND: &str = "inbound";
 /// The cluster without endpoints behind the deny chain.
 pub const DENY_CLUSTER: &str = "dpumesh-deny";
 
+/// The key of that cluster's metadata under which the proxy finds who the pods are, for their metrics: a field per pod. A proxy that
+/// knows nothing of it carries it without a look, and no connection depends on that cluster.
+pub const WORKLOADS: &str = "dpumesh.workloads";
+
 /// The longest wait for first octets that only another pod asked to see.
 pub const WIDENED_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -2,10 +2,10 @@
 //!
 //! | filter | type | here |
 //! |---|---|---|
-//! | `istio.stats` | `stats.PluginConfig` | taken out: it would label every pod of the node as one workload. The proxy makes these metrics from what it knows of the pod |
+//! | `istio.stats` | `stats.PluginConfig` | taken out: it would label every pod of the node as one workload. The proxy makes these metrics for each pod, from what the aggregate tells it ([`crate::aggregate::WORKLOADS`]) |
 //! | `istio.alpn` | `istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig` | done by Envoy's own `set_filter_state` with the protocols [`ALPN_OVERRIDE`]: the peer's sidecar picks its chain for mesh HTTP by them |
 //! | `istio.metadata_exchange` (TCP, clusters) | `envoy.tcp.metadataexchange.config.MetadataExchange` | taken out, and its protocol `istio-peer-exchange` is offered nowhere, so that peers settle on `istio` |
-//! | `istio.metadata_exchange` (HTTP) | `io.istio.http.peer_metadata.Config` | taken out: peers see the workload as unknown in their metrics |
+//! | `istio.metadata_exchange` (HTTP) | `io.istio.http.peer_metadata.Config` | taken out: the proxy tells mesh peers by itself who a pod is, and reads what they tell; a stock Envoy does not, and its pods are unknown in peers' metrics |
 //!
 //! A filter that is in neither this table nor the schema refuses its resource. Stated limit of the `istio.alpn` replacement: it also overrides
 //! the protocols of TLS that is originated towards servers outside the mesh; the offer ends in `http/1.1`, so such a

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dpumesh_xds::aggregate::{Interception, Options, aggregate};
 use dpumesh_xds::client::Applied;
 use dpumesh_xds::discovery::{DeltaDiscoveryResponse, Resource};
-use dpumesh_xds::ir::{Identity, Pod, PodView};
+use dpumesh_xds::ir::{Identity, Pod, PodView, Workload};
 use dpumesh_xds::snapshot::Snapshot;
 use dpumesh_xds::translate::{Item as Translated, translate};
 use prost::Message as _;
@@ -13,7 +13,7 @@ use prost::Message as _;
 use super::*;
 use crate::access_log::Sinks;
 use crate::config::files::Files;
-use crate::config::model::{Cluster, Config, Listener};
+use crate::config::model::{Cluster, Config, Direction, Listener, Service};
 
 const BOOTSTRAP: &str = r"
 node: {id: proxy~node-1, cluster: dpu}
@@ -81,6 +81,11 @@ fn view(name: &str, account: &str, address: &str) -> PodView {
         addresses: vec![address.parse().unwrap()],
         identity: identity.clone(),
     });
+    view.workload = Workload {
+        name: account.into(),
+        canonical_name: account.into(),
+        ..Workload::default()
+    };
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/peers/recorded");
     for (file, kind) in [
         ("cds", ResourceType::Cluster),
@@ -187,6 +192,46 @@ fn an_update_makes_anew_what_it_touches_and_nothing_else() {
     let (old, new) = (inbound(&before.1), inbound(&world.config().listeners));
     assert_eq!(old.name, new.name);
     assert!(!Arc::ptr_eq(&old, &new), "it points to clusters by index");
+}
+
+#[test]
+fn what_istiod_and_the_adapter_say_names_workloads_and_services() {
+    let snapshot = recorded();
+    let mut world = World::new();
+    for kind in KINDS {
+        world.apply(&update(&snapshot, kind));
+    }
+    let config = world.config();
+    let pod = &config.workloads[&"10.244.1.11".parse().unwrap()];
+    assert_eq!((&*pod.name, &*pod.workload.name), ("front-1.shop", "front"));
+    assert_eq!(config.workloads.len(), 3);
+    for listener in &config.listeners {
+        let wanted = if listener.name == "inbound" {
+            Direction::Inbound
+        } else {
+            Direction::Outbound
+        };
+        assert_eq!(listener.direction, Some(wanted), "{}", listener.name);
+    }
+    for (front, name, endpoints) in [
+        ("outbound|80||reviews", "reviews", true),
+        ("inbound|8080||@reviews-1", "reviews", false),
+    ] {
+        let mut clusters = config.clusters.iter();
+        let cluster = clusters.find(|c| c.name.starts_with(front)).unwrap();
+        let wanted = Service {
+            host: "reviews.shop.svc.cluster.local".into(),
+            name: name.into(),
+            namespace: "shop".into(),
+        };
+        assert_eq!(cluster.service, Some(wanted), "{front}");
+        let known = |e: &crate::config::model::Endpoint| {
+            let workload = e.workload.as_ref();
+            workload.is_some_and(|w| w.namespace == "shop" && w.canonical == "reviews")
+        };
+        assert_eq!(!cluster.endpoints.is_empty(), endpoints);
+        assert!(cluster.endpoints.iter().all(known), "{:?}", cluster.endpoints);
+    }
 }
 
 #[test]

@@ -64,7 +64,10 @@ impl Session {
         let result = poll_fn(|cx| {
             if sending {
                 match flow.poll(cx, stream, &mut connection.stream, request_in, request_out) {
-                    Poll::Ready(Ok(())) => sending = false,
+                    Poll::Ready(Ok(())) => {
+                        sending = false;
+                        call.note_sent();
+                    }
                     Poll::Ready(Err(FlowError::Write(_))) => {
                         // The endpoint may have answered before it closed: what it said is read below.
                         (sending, broken) = (false, true);

@@ -153,7 +153,7 @@ impl Session {
                 passing.manager.stats.inc(shard, Stat::RqRxReset);
                 let mut outcome = Outcome::new(0, "DC");
                 outcome.details = Cow::Borrowed("downstream_remote_disconnect");
-                outcome.delayed = true;
+                outcome.besides.delayed = true;
                 return Err(outcome);
             }
         }
@@ -169,7 +169,7 @@ impl Session {
                 reply = reply.grpc_status(grpc);
             }
             let mut outcome = self.reply(buffers, reply).await;
-            outcome.delayed = filtered.delayed;
+            outcome.besides.delayed = filtered.delayed;
             return Err(outcome);
         }
         Ok(())

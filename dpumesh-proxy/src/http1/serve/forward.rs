@@ -4,6 +4,7 @@
 //! new connection, if the endpoint has not seen any of it or if seeing it twice does no harm. That is no retry in the
 //! sense of the route's policy; where the policy covers the case, it alone decides.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -36,6 +37,9 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) changes: Changes<'r>,
     pub(super) rewrite: &'r mut Rewrite<'a>,
     pub(super) begun: Instant,
+    /// When all of the request had come, and when all of it had been sent.
+    pub(super) complete: Cell<Option<Instant>>,
+    pub(super) sent: Cell<Option<Instant>>,
     /// When the response must be complete.
     pub(super) deadline: Option<Instant>,
     /// When the response to this attempt must have begun.
@@ -44,6 +48,17 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) head_length: usize,
     /// Who gets a copy of the body.
     pub(super) copies: Vec<Writer>,
+}
+
+impl Forwarding<'_, '_> {
+    /// All of the request has been sent, and so had come.
+    pub(super) fn note_sent(&self) {
+        let now = Instant::now();
+        self.sent.set(Some(now));
+        if self.complete.get().is_none() {
+            self.complete.set(Some(now));
+        }
+    }
 }
 
 impl Session {
@@ -68,6 +83,8 @@ impl Session {
                 return self.reply(buffers, reply).await;
             };
             let address = picked.endpoint.address;
+            let reported = self.reporting.is_some();
+            let workload = || picked.endpoint.workload.clone().filter(|_| reported);
             let turn = if active.is_none() && is_full(lane) {
                 stats.inc(shard, ClusterStat::RqPendingOverflow);
                 Turn::Broken(Broken::NotConnected(NoConnection::Overflow))
@@ -79,8 +96,9 @@ impl Session {
             let (broken, pause) = match turn {
                 Turn::Done(mut outcome) => {
                     outcome.upstream = Some(address);
-                    outcome.exhausted = attempts.exhausted;
-                    outcome.overflowed = attempts.overflowed;
+                    outcome.workload = workload();
+                    outcome.besides.exhausted = attempts.exhausted;
+                    outcome.besides.overflowed = attempts.overflowed;
                     return outcome;
                 }
                 Turn::Again(pause) => (None, Some(pause)),
@@ -113,8 +131,9 @@ impl Session {
             if let Some(broken) = failure {
                 let body = RequestBody::behind(flow.as_ref());
                 let mut outcome = self.broken(buffers, lane, broken, address, body).await;
-                outcome.exhausted = attempts.exhausted;
-                outcome.overflowed = attempts.overflowed;
+                outcome.besides.exhausted = attempts.exhausted;
+                outcome.besides.overflowed = attempts.overflowed;
+                outcome.workload = workload();
                 return outcome;
             }
             call.rewrite.attempt = attempts.number;
@@ -182,6 +201,7 @@ impl Session {
                 return Turn::Done(tunnel.await);
             }
             let trailers = self.stream.is_http2() && connection.stream.is_http2();
+            call.rewrite.to_mesh = picked.endpoint.is_in_mesh();
             let mut flow = match begin(buffers, call, &self.peer, attempts, kept.take(), trailers) {
                 Ok(flow) => flow,
                 Err(broken) => {
@@ -275,6 +295,10 @@ impl Session {
 }
 
 /// What came of one attempt.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack; a box would be an allocation per request"
+)]
 enum Turn {
     /// The request has been answered.
     Done(Outcome),

@@ -155,6 +155,7 @@ impl<'a> Reply<'a> {
         let mut outcome = Outcome::new(self.status, self.flags);
         outcome.upstream = self.upstream;
         outcome.details = Cow::Borrowed(self.details);
+        outcome.grpc_status = self.grpc.map(|(status, _)| status);
         outcome
     }
 }
@@ -187,6 +188,7 @@ impl Session {
             out.extend_from_slice(reply.body);
             outcome.sent = reply.body.len() as u64;
         }
+        outcome.wire_sent = out.len() as u64;
         let written = self.write_out(buffers).await;
         outcome.keep = written && !close;
         outcome

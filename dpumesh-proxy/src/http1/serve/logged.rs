@@ -4,10 +4,11 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
+use super::reported::grpc_status;
 use super::view::forwarded_for;
 use super::{Outcome, Session};
 use crate::access_log::{Extra, Headers, Record};
-use crate::http1::head::FieldKind;
+use crate::http1::head::{FieldKind, Framing};
 use crate::http1::rewrite::{self, Rewrite};
 use crate::route::HeaderChanges;
 use crate::stats::Http as Stat;
@@ -48,6 +49,16 @@ impl Session {
         record.cluster = outcome.cluster.as_deref();
         record.route = rewrite.route_name;
         record.extra.request_remote = forwarded_for(buffers);
+        record.extra.grpc = grpc_status(buffers, outcome);
+        record.extra.is_grpc = buffers.is_grpc();
+        if buffers.request.fields.framing == Framing::None {
+            record.extra.times.request_complete = Some(Duration::ZERO);
+        }
+        record.extra.attempts = if outcome.upstream.is_some() {
+            rewrite.attempt
+        } else {
+            0
+        };
         self.log(&record);
     }
 
@@ -94,12 +105,16 @@ impl Session {
             ingress: self.peer.ingress,
             extra: Extra {
                 details: Some(&*outcome.details).filter(|d| !d.is_empty()),
-                delayed: outcome.delayed,
-                exhausted: outcome.exhausted,
-                overflowed: outcome.overflowed,
+                besides: outcome.besides,
                 server_name: self.peer.connection.server_name.as_deref(),
                 upstream_local: outcome.upstream_local,
                 transport_failure: outcome.transport_failure.as_deref(),
+                trailers: outcome.trailers.as_deref(),
+                connection: Some(&self.peer.connection),
+                chain: Some(&self.place.chain.name),
+                upstream_protocol: outcome.upstream_protocol,
+                upstream_peer: outcome.principal.as_deref(),
+                times: outcome.times,
                 ..Extra::default()
             },
         }

@@ -7,7 +7,7 @@
 //! Each stage is a file: `read` takes a head off the connection, `request` decides what becomes of it, `filters` are
 //! rules, faults and CORS, `forward` picks endpoint and connection, again if `attempts` says so, `exchange` sends the request until a response head is there, `respond` passes the
 //! response on, `mirror` sends copies elsewhere, `tunnel` is what comes of upgrades and CONNECT, `failure` says what to answer for an endpoint, `local` writes what the proxy says by itself,
-//! `logged` counts and logs. All memory is the worker's: between requests a connection holds its socket and little
+//! `logged` counts and logs, `reported` makes Istio's metrics. All memory is the worker's: between requests a connection holds its socket and little
 //! else.
 
 mod attempts;
@@ -21,6 +21,7 @@ mod logged;
 mod mirror;
 mod read;
 mod redirect;
+pub(crate) mod reported;
 mod request;
 mod respond;
 mod tunnel;
@@ -38,9 +39,11 @@ use tokio::time::Instant;
 
 use self::local::Reply;
 use self::read::Next;
+use crate::access_log::{Besides, Times};
 use crate::alarm::{Alarm, earlier};
-use crate::config::model::{Codec, HttpManager, Terminal};
+use crate::config::model::{Cluster, Codec, HttpManager, Terminal};
 use crate::http2::{self, serve::Begun};
+use crate::istio::{Reporting, Workload};
 use crate::stats::Http as Stat;
 use crate::tls::Stream;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
@@ -55,7 +58,7 @@ pub async fn serve(
     place: Place,
     manager: Arc<HttpManager>,
 ) {
-    let (stats, shard) = (Arc::clone(&manager.stats), worker.shard);
+    let (stats, shard, begun) = (Arc::clone(&manager.stats), worker.shard, Instant::now());
     stats.inc(shard, Stat::CxTotal);
     stats.inc(shard, Stat::CxActive);
     if speaks_http2(&manager, &peer) {
@@ -73,6 +76,7 @@ pub async fn serve(
     }
     stats.dec(shard, Stat::CxActive);
     stats.inc(shard, Stat::CxDestroy);
+    stats.record_since(shard, Stat::CxLength, begun);
 }
 
 /// Whether the connection begins with HTTP/2 for sure. Without ALPN only its first octets tell.
@@ -146,7 +150,9 @@ impl Session {
         place: Place,
         manager: Arc<HttpManager>,
     ) -> Self {
+        let reporting = Reporting::of(&program.config, &place.listener, &peer);
         Self {
+            reporting,
             worker,
             entry,
             stream,
@@ -186,6 +192,8 @@ struct Session {
     place: Place,
     manager: Arc<HttpManager>,
     program: Rc<Program>,
+    /// The local pod, and whether it is client or server, where Istio's metrics are made of it.
+    reporting: Option<Reporting>,
     alarm: Alarm,
     served: u64,
     /// The listener is gone or has changed: the next response is the last.
@@ -200,12 +208,8 @@ struct Outcome {
     flags: &'static str,
     /// Envoy's `RESPONSE_CODE_DETAILS`; empty is none.
     details: Cow<'static, str>,
-    /// A fault held the request up (`DI`).
-    delayed: bool,
-    /// A retry was due, but there was none left (`URX`).
-    exhausted: bool,
-    /// A retry was due, but there were too many in the cluster (`UO`).
-    overflowed: bool,
+    /// What has flags of its own.
+    besides: Besides,
     keep: bool,
     received: u64,
     sent: u64,
@@ -216,6 +220,21 @@ struct Outcome {
     transport_failure: Option<String>,
     cluster: Option<Arc<str>>,
     has_response: bool,
+    /// Octets sent to the client, head included.
+    wire_sent: u64,
+    /// gRPC's status, where the proxy said it.
+    grpc_status: Option<u32>,
+    /// The response's trailers, where they were passed on.
+    trailers: Option<Vec<u8>>,
+    /// The cluster the request went to, where Istio's metrics ask for it; so too the endpoint's workload and principal, and
+    /// whether it was reached by TLS.
+    to: Option<Arc<Cluster>>,
+    workload: Option<Arc<Workload>>,
+    principal: Option<Arc<str>>,
+    by_tls: bool,
+    /// What the endpoint speaks.
+    upstream_protocol: Option<&'static str>,
+    times: Times,
 }
 
 impl Outcome {
@@ -224,9 +243,7 @@ impl Outcome {
             status,
             flags,
             details: Cow::Borrowed(""),
-            delayed: false,
-            exhausted: false,
-            overflowed: false,
+            besides: Besides::default(),
             keep: false,
             received: 0,
             sent: 0,
@@ -235,6 +252,15 @@ impl Outcome {
             transport_failure: None,
             cluster: None,
             has_response: false,
+            wire_sent: 0,
+            grpc_status: None,
+            trailers: None,
+            to: None,
+            workload: None,
+            principal: None,
+            by_tls: false,
+            upstream_protocol: None,
+            times: Times::default(),
         }
     }
 }
@@ -322,6 +348,7 @@ impl Session {
         if spent {
             self.manager.stats.inc(self.worker.shard, Stat::CxMaxRequests);
         }
-        !persistent || self.closing || spent || self.worker.draining().is_some()
+        let closes = self.worker.closing.closes(self.place.listener.direction);
+        !persistent || self.closing || spent || closes || self.worker.draining().is_some()
     }
 }

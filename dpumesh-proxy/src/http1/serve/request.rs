@@ -1,5 +1,6 @@
 //! What becomes of one request: refuse it, answer it here, or forward it; then count and log it.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -14,10 +15,11 @@ use super::view::{View, forwarded_for};
 use super::{Outcome, Session, same_place};
 use crate::balance::{Ask, policy};
 use crate::config::model::{ClusterRef, Codec, HttpManager, Underscores};
-use crate::http1::head::Refusal;
+use crate::http1::head::{Framing, Refusal};
 use crate::http1::path;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::http2::PREFACE;
+use crate::istio::Reporting;
 use crate::route::{Action, AddHeader, AddHow, Forward, HeaderChanges, Route, Target};
 use crate::stats::Http as Stat;
 use crate::upstream::Lane;
@@ -86,7 +88,9 @@ impl Session {
         let program = Rc::clone(&self.program);
         manager.stats.inc(self.worker.shard, Stat::RqTotal);
         manager.stats.inc(self.worker.shard, Stat::RqActive);
+        let reporting = self.reporting.clone();
         let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
+        rewrite.reporting = reporting.as_ref();
         let refused = self
             .refused_by_rule(buffers, &manager)
             .or_else(|| normalize(buffers, &manager));
@@ -95,9 +99,13 @@ impl Session {
             None => self.route(buffers, &manager, &program, &mut rewrite, begun).await,
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
+        manager.stats.record_since(self.worker.shard, Stat::RqTime, begun);
         self.count(&outcome);
         if rewrite.tunnel.is_some() {
             manager.stats.dec(self.worker.shard, Stat::CxUpgradesActive);
+        }
+        if let Some(reporting) = &reporting {
+            self.report(buffers, &rewrite, &outcome, reporting, begun.elapsed());
         }
         if !manager.access_log.is_empty() {
             self.log_request(buffers, &rewrite, &outcome, (wall, begun));
@@ -128,6 +136,7 @@ impl Session {
             Some((place, manager)) => {
                 self.manager = manager.unwrap_or_else(|| Arc::clone(&self.manager));
                 self.place = place;
+                self.reporting = Reporting::of(&program.config, &self.place.listener, &self.peer);
                 self.program = program;
             }
             None => self.closing = true,
@@ -245,7 +254,7 @@ impl Session {
                     .await
             }
         };
-        outcome.delayed = filtered.delayed;
+        outcome.besides.delayed = filtered.delayed;
         outcome
     }
 
@@ -293,6 +302,7 @@ impl Session {
                 changes.add_to_response(&filtered.response);
                 changes.add_to_response(&cookies);
                 changes.add_to_request_first(&filtered.request);
+                let bodiless = buffers.request.fields.framing == Framing::None;
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
@@ -306,6 +316,8 @@ impl Session {
                     changes,
                     rewrite,
                     begun,
+                    complete: Cell::new(bodiless.then_some(begun)),
+                    sent: Cell::default(),
                     deadline,
                     try_deadline: None,
                     head_length: 0,
@@ -320,6 +332,9 @@ impl Session {
             }
         };
         outcome.cluster = cluster.map(|c| Arc::clone(&c.name));
+        if self.reporting.is_some() {
+            outcome.to = lane.map(|lane| Arc::clone(&lane.cluster));
+        }
         outcome
     }
 

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::failure::Failure;
 use super::forward::Forwarding;
 use super::{Outcome, Session};
+use crate::access_log::Times;
 use crate::alarm::Watch;
 use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::{Flow, FlowError, Out};
@@ -66,6 +67,9 @@ impl Session {
             .iter()
             .any(|l| l.asks_for_upstream_local());
         let local = asked.then(|| connection.stream.local_addr()).flatten();
+        let principal = connection.principal.clone();
+        let speaks_http2 = connection.stream.is_http2();
+        let response_begun = call.begun.elapsed();
         let relayed = self.relay(
             buffers,
             call,
@@ -84,6 +88,16 @@ impl Session {
         let mut outcome = Outcome::new(status, "");
         outcome.has_response = true;
         outcome.upstream_local = local;
+        outcome.principal = principal;
+        outcome.upstream_protocol = Some(if speaks_http2 { "HTTP/2" } else { "HTTP/1.1" });
+        outcome.times = Times {
+            request_complete: call.complete.get().map(|at| at - call.begun),
+            request_sent: call.sent.get().map(|at| at - call.begun),
+            response_begun: Some(response_begun),
+        };
+        outcome.by_tls = picked.endpoint.tls.is_some();
+        outcome.wire_sent = response.wire_out;
+        outcome.trailers = response.take_trailers();
         outcome.details = Cow::Borrowed("via_upstream");
         outcome.received = request.body;
         outcome.sent = response.body;
@@ -95,6 +109,10 @@ impl Session {
                     && buffers.response_in.is_empty();
                 if reusable {
                     call.lane.give_back(picked, &self.peer, connection);
+                }
+                // As in Envoy: what answers before it has heard all has no time.
+                if let Some(complete) = call.complete.get() {
+                    stats.record_since(shard, ClusterStat::RqTime, complete);
                 }
                 if !sent {
                     call.manager.stats.inc(shard, Stat::RqEarlyResponse);
@@ -175,7 +193,10 @@ impl Session {
             }
             if !*sent {
                 match request.poll(cx, stream, &mut connection.stream, request_in, request_out) {
-                    Poll::Ready(Ok(())) => *sent = true,
+                    Poll::Ready(Ok(())) => {
+                        *sent = true;
+                        call.note_sent();
+                    }
                     Poll::Ready(Err(FlowError::Write(_))) | Poll::Pending => {}
                     Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Client)),
                 }

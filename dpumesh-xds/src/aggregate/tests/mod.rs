@@ -203,6 +203,35 @@ fn inbound_clusters_carry_their_pods_name() {
 }
 
 #[test]
+fn the_proxy_is_told_who_the_pods_are() {
+    let mut all = views();
+    all[0].workload = crate::ir::Workload {
+        name: "front".into(),
+        canonical_name: "front-svc".into(),
+        canonical_revision: "v1".into(),
+        cluster: "Kubernetes".into(),
+        ..Default::default()
+    };
+    all[1].workload = all[0].workload.clone();
+    all[1].routes.clear();
+    let proxy = Proxy::new(&aggregate(&all, &OPTIONS).snapshot);
+    let said = format!("{:?}", proxy.clusters[DENY_CLUSTER].message("metadata"));
+    for part in [
+        WORKLOADS,
+        "front-1.shop",
+        "10.244.1.11",
+        "front-svc",
+        "v1",
+        "Kubernetes",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    for pod in ["reviews-1.shop", "reviews-2.shop"] {
+        assert!(!said.contains(pod), "without a program, or nothing known: {said}");
+    }
+}
+
+#[test]
 fn no_whole_program_no_way_through() {
     let mut all = views();
     all[0].routes.clear();
