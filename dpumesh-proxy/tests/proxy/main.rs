@@ -2,10 +2,12 @@
 
 mod config;
 mod envoy;
+mod floods;
 mod framing;
 mod harness;
 mod http;
 mod http2;
+mod limits;
 mod load;
 mod mesh;
 mod mesh_policy;

@@ -33,6 +33,7 @@ use std::task::Poll;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+pub(crate) use self::local::LINGER;
 use self::local::Reply;
 use self::read::Next;
 use crate::alarm::{Alarm, earlier};
@@ -59,6 +60,8 @@ pub async fn serve(
         let begun = Begun {
             octets: Bytes::new(),
             stream,
+            heard: None,
+            turn: None,
         };
         // Boxed: a connection that speaks HTTP/1.1 does without its memory.
         Box::pin(http2::serve::serve(
@@ -170,7 +173,12 @@ impl Session {
             program,
             ..
         } = self;
-        let begun = Begun { octets, stream };
+        let begun = Begun {
+            octets,
+            stream,
+            heard: None,
+            turn: None,
+        };
         http2::serve::serve(worker, program, entry, begun, peer, place, manager).await;
     }
 }
@@ -247,7 +255,7 @@ impl Session {
                     if !self.wait_readable().await {
                         return None;
                     }
-                    self.worker.take_buffers()
+                    self.worker.take_buffers(self.peer.crowded)
                 }
             };
             let keep = match self.next_request(&mut held).await {

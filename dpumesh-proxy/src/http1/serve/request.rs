@@ -278,6 +278,7 @@ impl Session {
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
+                let stream_end = rewrite.stream_limit(manager, forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
                     lane,
@@ -287,6 +288,8 @@ impl Session {
                     begun,
                     deadline,
                     try_deadline: None,
+                    stream_end,
+                    attempt_end: None,
                     head_length: 0,
                 };
                 self.forward(buffers, &mut forwarding).await
