@@ -4,6 +4,7 @@ mod config;
 mod envoy;
 mod floods;
 mod framing;
+mod h2spec;
 mod harness;
 mod http;
 mod http2;
