@@ -367,10 +367,10 @@ impl Client {
         };
         let open = Open::new(&self.streams, &self.worker);
         let stream = Stream::Exchange(Box::new(exchange));
-        let served = serve_stream(
+        tokio::task::spawn_local(serve_stream(
             Rc::clone(&self.worker),
             Rc::clone(&self.program),
-            self.worker.enter(),
+            (self.worker.enter(), open),
             stream,
             Peer {
                 http2: true,
@@ -379,11 +379,7 @@ impl Client {
             },
             self.place.clone(),
             Arc::clone(&self.manager),
-        );
-        tokio::task::spawn_local(async move {
-            let _open = open;
-            served.await;
-        });
+        ));
     }
 
     fn note(&self, error: &h2::Error) {

@@ -106,11 +106,11 @@ async fn serve_http1(
     }
 }
 
-/// Serves a client's HTTP/2 stream: its one exchange.
+/// Serves a client's HTTP/2 stream: its one exchange. `held` is given up behind it (an async block around this would hold all of it twice).
 pub(crate) async fn serve_stream(
     worker: Rc<Worker>,
     program: Rc<Program>,
-    entry: Entry,
+    (entry, held): (Entry, impl Sized),
     stream: Stream,
     peer: Peer,
     place: Place,
@@ -118,6 +118,7 @@ pub(crate) async fn serve_stream(
 ) {
     let mut session = Session::new(worker, program, entry, stream, peer, place, manager);
     session.run().await;
+    drop(held);
 }
 
 /// Where the chain that a connection came in by stands in `program`: itself, and its connection manager there.
