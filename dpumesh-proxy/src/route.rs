@@ -177,6 +177,15 @@ pub enum Action {
     },
 }
 
+/// `max_stream_duration` of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamDuration {
+    /// Replaces the connection manager's limit: `Some(None)` is no limit.
+    pub most: Option<Option<Duration>>,
+    /// Where a request says `grpc-timeout`, that is the limit, up to this; `Some(None)` is no bound.
+    pub grpc: Option<Option<Duration>>,
+}
+
 /// `RouteAction`.
 #[derive(Debug)]
 pub struct Forward {
@@ -188,6 +197,8 @@ pub struct Forward {
     pub timeout: Option<Duration>,
     /// A gRPC request may say its own limit (`grpc-timeout`), up to this; `Some(None)` is no bound.
     pub grpc_timeout: Option<Option<Duration>>,
+    /// How long a request and its response may take in all.
+    pub stream_duration: StreamDuration,
     /// Replaces the connection manager's stream idle timeout: `Some(None)` switches it off.
     pub idle_timeout: Option<Option<Duration>>,
     /// Replaces the path or a part of it.

@@ -85,6 +85,7 @@ members! {
         RqTimeout = "downstream_rq_timeout" Counter,
         RqHeaderTimeout = "downstream_rq_header_timeout" Counter,
         RqIdleTimeout = "downstream_rq_idle_timeout" Counter,
+        RqMaxDuration = "downstream_rq_max_duration_reached" Counter,
         RqTooLarge = "downstream_rq_too_large" Counter,
         RqRxReset = "downstream_rq_rx_reset" Counter,
         RqTxReset = "downstream_rq_tx_reset" Counter,
@@ -104,8 +105,16 @@ members! {
     /// `http2.*`: all connections of clients that speak HTTP/2.
     Http2 {
         GoawaySent = "goaway_sent" Counter,
+        KeepaliveTimeout = "keepalive_timeout" Counter,
         RxMessagingError = "rx_messaging_error" Counter,
         StreamsActive = "streams_active" Gauge,
+    }
+}
+
+members! {
+    /// `cluster.NAME.http2.*`: connections to its endpoints that speak HTTP/2.
+    ClusterHttp2 {
+        KeepaliveTimeout = "keepalive_timeout" Counter,
     }
 }
 
@@ -197,6 +206,7 @@ members! {
         Rq4xx = "upstream_rq_4xx" Counter,
         Rq5xx = "upstream_rq_5xx" Counter,
         RqTimeout = "upstream_rq_timeout" Counter,
+        RqMaxDuration = "upstream_rq_max_duration_reached" Counter,
         RqRetry = "upstream_rq_retry" Counter,
         RqRetrySuccess = "upstream_rq_retry_success" Counter,
         RqRetryLimitExceeded = "upstream_rq_retry_limit_exceeded" Counter,
@@ -645,6 +655,12 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
         .and_then(|address| address.strip_suffix(".ssl"))
     {
         return class("envoy_listener_ssl", label("envoy_listener_address", address));
+    }
+    if let Some(name) = scope
+        .strip_prefix("cluster.")
+        .and_then(|name| name.strip_suffix(".http2"))
+    {
+        return class("envoy_cluster_http2", label("envoy_cluster_name", name));
     }
     if let Some(name) = scope.strip_prefix("cluster.") {
         return class("envoy_cluster", label("envoy_cluster_name", name));

@@ -397,7 +397,7 @@ impl Direction {
                 if !self.ended {
                     ready!(from.poll_read_ready(cx)).map_err(|_| Side::Read)?;
                 }
-                &mut none.insert(worker.take_buffers()).request_in
+                &mut none.insert(worker.take_buffers(false)).request_in
             }
         };
         if !buffer.is_empty() {

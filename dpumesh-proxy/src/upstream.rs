@@ -351,6 +351,8 @@ impl Lane {
             http2: &self.cluster.http2,
             most_requests: self.cluster.max_requests_per_connection,
             for_http2: peer.http2,
+            stats: self.cluster.http2_stats.as_ref(),
+            shard: self.shard,
             freed: &self.freed,
         }
     }
@@ -394,7 +396,10 @@ impl Lane {
         let Some(tls) = &endpoint.tls else {
             return Ok(Stream::Plain(socket));
         };
-        let protocols = peer.protocols.as_ref();
+        let protocols = peer.protocols.as_ref().or_else(|| {
+            let automatic = self.cluster.protocol == Protocol::Auto && tls.protocols().0.is_empty();
+            automatic.then(http2::either)
+        });
         let begun = tls.connect(&*self.secrets, &peer.connection, protocols, socket);
         match begun.await {
             Ok(stream) => {

@@ -106,6 +106,7 @@ pub struct Worker {
     generation: Cell<u64>,
     draining: Cell<Option<(Instant, Instant)>>,
     spare: RefCell<VecDeque<Box<Buffers>>>,
+    spare_small: RefCell<VecDeque<Box<Buffers>>>,
     wakers: RefCell<Wakers>,
     connections: Cell<usize>,
     /// In a stack namespace: the counters of each ingress port.
@@ -145,9 +146,19 @@ pub struct Buffers {
     pub request: RequestHead,
     /// The response.
     pub response: ResponseHead,
+    small: bool,
 }
 
 impl Buffers {
+    fn small() -> Self {
+        Self {
+            request_in: Buffer::small(),
+            response_in: Buffer::small(),
+            small: true,
+            ..Self::default()
+        }
+    }
+
     /// Whether the request is gRPC.
     pub fn is_grpc(&self) -> bool {
         let kind = self.request.fields.get(self.request_in.head(), b"content-type");
@@ -191,6 +202,8 @@ pub struct Peer {
     pub protocols: Option<Protocols>,
     /// Whether it speaks HTTP/2.
     pub http2: bool,
+    /// Whether this is a stream beside many of the same connection: it makes do with small buffers.
+    pub crowded: bool,
 }
 
 #[derive(Debug, Default)]
@@ -240,6 +253,7 @@ impl Worker {
             generation: Cell::new(generation),
             draining: Cell::new(None),
             spare: RefCell::default(),
+            spare_small: RefCell::default(),
             wakers: RefCell::default(),
             connections: Cell::new(0),
             ingress: start.stack_netns.as_ref().map(|_| RefCell::default()),
@@ -269,20 +283,29 @@ impl Worker {
         self.draining.get()
     }
 
-    /// A set of buffers.
-    pub fn take_buffers(&self) -> Box<Buffers> {
+    /// A set of buffers; `small` for one of many that a single client can have.
+    pub fn take_buffers(&self, small: bool) -> Box<Buffers> {
+        if small {
+            let spare = self.spare_small.borrow_mut().pop_back();
+            return spare.unwrap_or_else(|| Box::new(Buffers::small()));
+        }
         self.spare.borrow_mut().pop_back().unwrap_or_default()
     }
 
     /// Returns a set of buffers.
     pub fn return_buffers(&self, mut buffers: Box<Buffers>) {
-        let mut spare = self.spare.borrow_mut();
+        let kept = if buffers.small {
+            &self.spare_small
+        } else {
+            &self.spare
+        };
+        let mut spare = kept.borrow_mut();
         if spare.len() < SPARE_BUFFERS {
             buffers.request_in.clear();
             buffers.response_in.clear();
             for out in [&mut buffers.request_out, &mut buffers.response_out] {
                 out.clear();
-                out.shrink_to(64 * 1024);
+                out.shrink_to(if buffers.small { 2 * 1024 } else { 64 * 1024 });
             }
             spare.push_back(buffers);
         }
@@ -595,6 +618,7 @@ async fn connection(
             Terminal::Tcp(_) => None,
         },
         http2: false,
+        crowded: false,
     };
     if let Err(details) = rbac::admit(&chain.rbac, &peer, shard) {
         tcp::log_refused(&worker, &terminal, &peer, details);

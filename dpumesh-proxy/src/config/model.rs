@@ -247,6 +247,8 @@ pub struct HttpManager {
     pub idle_timeout: Option<Duration>,
     /// Time for a request's head to arrive whole.
     pub headers_timeout: Option<Duration>,
+    /// How long a request and its response may take in all, where the route does not say.
+    pub max_stream_duration: Option<Duration>,
     /// A request without any byte either way is ended after this long.
     pub stream_idle_timeout: Option<Duration>,
     /// The largest request head, octets.
@@ -312,6 +314,8 @@ pub struct Cluster {
     pub idle_timeout: Option<Duration>,
     /// Requests after which a pooled connection is closed; 0 is no limit.
     pub max_requests_per_connection: u64,
+    /// How long an attempt at a request may take, its response included.
+    pub max_stream_duration: Option<Duration>,
     /// Bounds of what is open at once.
     pub limits: Limits,
     /// Requests that are being retried, of all workers.
@@ -334,6 +338,8 @@ pub struct Cluster {
     pub protocol: Protocol,
     /// Limits of HTTP/2 connections to them.
     pub http2: Http2,
+    /// `cluster.NAME.http2.*`, where such connections are kept alive.
+    pub http2_stats: Option<Arc<Scope>>,
     /// Whether it came by CDS.
     pub dynamic: bool,
     /// The service it stands for, as its metadata says.
@@ -375,6 +381,8 @@ pub struct Http2 {
     pub stream_window: u32,
     /// A connection's window, octets.
     pub connection_window: u32,
+    /// PINGs that find a dead connection.
+    pub keepalive: Option<http2::keepalive::Settings>,
 }
 
 impl Default for Http2 {
@@ -383,6 +391,7 @@ impl Default for Http2 {
             streams: http2::STREAMS,
             stream_window: http2::STREAM_WINDOW,
             connection_window: http2::CONNECTION_WINDOW,
+            keepalive: None,
         }
     }
 }

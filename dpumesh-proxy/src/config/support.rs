@@ -450,6 +450,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "idle_timeout",
             "max_headers_count",
             "max_requests_per_connection",
+            "max_stream_duration",
             "headers_with_underscores_action",
         ],
     ),
@@ -1096,7 +1097,12 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "max_concurrent_streams",
             "initial_stream_window_size",
             "initial_connection_window_size",
+            "connection_keepalive",
         ],
+    ),
+    (
+        "envoy.config.core.v3.KeepaliveSettings",
+        &["interval", "timeout", "interval_jitter"],
     ),
     (
         "envoy.config.cluster.v3.Cluster.CommonLbConfig",
@@ -1276,11 +1282,6 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "envoy.service.discovery.v3.DiscoveryResponse",
         "nonce",
         "no acknowledgement goes out for a file",
-    ),
-    (
-        "envoy.config.core.v3.Http2ProtocolOptions",
-        "connection_keepalive",
-        "no keep-alive pings are sent: a dead connection is found by time limits",
     ),
     (
         "envoy.config.cluster.v3.Cluster",

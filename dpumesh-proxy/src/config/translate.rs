@@ -29,6 +29,7 @@ use super::translate_tls::StaticSecrets;
 use super::{balancing, health, translate_matcher, translate_route};
 use crate::access_log::Sinks;
 use crate::balance::{Current, Picker};
+use crate::http2::keepalive;
 use crate::listener::{Inspectors, Matcher, Transport};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
@@ -338,6 +339,7 @@ impl Context<'_> {
             server_name,
             server_header,
             idle_timeout: Some(common.duration("idle_timeout")?.unwrap_or(HOUR)).filter(|d| !d.is_zero()),
+            max_stream_duration: common.duration("max_stream_duration")?.filter(|d| !d.is_zero()),
             headers_timeout: at.duration("request_headers_timeout")?.filter(|d| !d.is_zero()),
             stream_idle_timeout: Some(at.duration("stream_idle_timeout")?.unwrap_or(FIVE_MINUTES))
                 .filter(|d| !d.is_zero()),
@@ -456,6 +458,7 @@ impl Context<'_> {
             .transpose()?
             .flatten()
             .unwrap_or(HOUR);
+        let max_stream_duration = common.as_ref().map(|c| c.duration("max_stream_duration"));
         let max_requests = common
             .as_ref()
             .and_then(|c| c.number("max_requests_per_connection"));
@@ -485,9 +488,17 @@ impl Context<'_> {
             connect_timeout,
             idle_timeout: (!idle.is_zero()).then_some(idle),
             max_requests_per_connection: max_requests,
+            max_stream_duration: max_stream_duration
+                .transpose()?
+                .flatten()
+                .filter(|d| !d.is_zero()),
             limits: limits(at)?,
             retrying: Arc::default(),
             protocol,
+            http2_stats: http2.keepalive.map(|_| {
+                self.registry
+                    .scope(&format!("{scope}.http2"), stats::ClusterHttp2::TABLE)
+            }),
             http2,
             picker: Current::new(Picker::new(&spread, &endpoints, std::time::Instant::now())),
             spread,
@@ -756,7 +767,36 @@ fn http2_limits(at: Option<&At>) -> Result<Http2> {
     }
     limits.stream_window = window("initial_stream_window_size", limits.stream_window)?;
     limits.connection_window = window("initial_connection_window_size", limits.connection_window)?;
+    limits.keepalive = match at.message("connection_keepalive") {
+        Some(keepalive) => keepalive_settings(&keepalive)?,
+        None => None,
+    };
     Ok(limits)
+}
+
+/// PINGs of HTTP/2 connections; none without an interval.
+fn keepalive_settings(at: &At) -> Result<Option<keepalive::Settings>> {
+    let least = std::time::Duration::from_millis(1);
+    let timeout = at
+        .duration("timeout")?
+        .ok_or_else(|| at.refuse("timeout", "must be given"))?;
+    let interval = at.duration("interval")?;
+    for (field, given) in [("timeout", Some(timeout)), ("interval", interval)] {
+        if given.is_some_and(|given| given < least) {
+            return Err(at.refuse(field, "must be at least 0.001s"));
+        }
+    }
+    let jitter = at.message("interval_jitter");
+    let jitter = jitter.and_then(|percent| percent.message.get_field_by_name("value")?.as_f64());
+    let jitter = jitter.unwrap_or(15.0);
+    if !(0.0..=100.0).contains(&jitter) {
+        return Err(at.refuse("interval_jitter.value", "must be between 0 and 100"));
+    }
+    Ok(interval.map(|interval| keepalive::Settings {
+        interval,
+        timeout,
+        jitter: (jitter * 10.0) as u32,
+    }))
 }
 
 /// The common options, what the endpoints speak, and the limits of HTTP/2.

@@ -16,8 +16,8 @@ use crate::route::fault::Percentage;
 use crate::route::upgrade::{CONNECT, Upgrade, Upgrades};
 use crate::route::{
     Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, Mirror, PathMatch, PathRewrite,
-    QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, Target, Text, TextMatch, ValueMatch,
-    VirtualHost,
+    QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, StreamDuration, Target, Text,
+    TextMatch, ValueMatch, VirtualHost,
 };
 use crate::stats::Registry;
 
@@ -274,7 +274,11 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
     } else {
         Target::Cluster(named(at, "cluster")?)
     };
-    let grpc_timeout = grpc_timeout(at)?;
+    let stream_duration = stream_duration(at)?;
+    let grpc_timeout = match stream_duration {
+        Some(_) => None,
+        None => at.duration("max_grpc_timeout")?.map(unless_zero),
+    };
     let not_found_status = match at.choice("cluster_not_found_response_code").as_str() {
         "NOT_FOUND" => 404,
         "INTERNAL_SERVER_ERROR" => 500,
@@ -286,8 +290,10 @@ fn forward(at: &At, clusters: &Clusters, validate: bool) -> Result<Forward> {
     Ok(Forward {
         to,
         not_found_status,
-        timeout: (!timeout.is_zero()).then_some(timeout),
+        // As in Envoy: one or the other.
+        timeout: unless_zero(timeout).filter(|_| stream_duration.is_none()),
         grpc_timeout,
+        stream_duration: stream_duration.unwrap_or_default(),
         idle_timeout: at.duration("idle_timeout")?.map(|d| (!d.is_zero()).then_some(d)),
         path_rewrite: path_rewrite(at)?,
         host_rewrite: checked_value(at, "host_rewrite_literal")?,
@@ -366,18 +372,20 @@ fn path_rewrite(at: &At) -> Result<Option<PathRewrite>> {
     Ok(Some(PathRewrite::Regex(regex, with)))
 }
 
-/// The bound of what gRPC requests may ask for; limits on streams as a whole are refused.
-fn grpc_timeout(at: &At) -> Result<Option<Option<std::time::Duration>>> {
-    let bound = |limit: Option<std::time::Duration>| limit.map(|l| (!l.is_zero()).then_some(l));
+/// A limit of which 0 is none.
+fn unless_zero(limit: std::time::Duration) -> Option<std::time::Duration> {
+    (!limit.is_zero()).then_some(limit)
+}
+
+/// `max_stream_duration`. With it `max_grpc_timeout`, which is older, has no effect.
+fn stream_duration(at: &At) -> Result<Option<StreamDuration>> {
     let Some(limits) = at.message("max_stream_duration") else {
-        return Ok(bound(at.duration("max_grpc_timeout")?));
+        return Ok(None);
     };
-    match limits.duration("max_stream_duration")? {
-        Some(limit) if !limit.is_zero() => {
-            Err(limits.refuse("max_stream_duration", "only 0s (no limit) is supported yet"))
-        }
-        _ => Ok(bound(limits.duration("grpc_timeout_header_max")?)),
-    }
+    Ok(Some(StreamDuration {
+        most: limits.duration("max_stream_duration")?.map(unless_zero),
+        grpc: limits.duration("grpc_timeout_header_max")?.map(unless_zero),
+    }))
 }
 
 fn redirect(at: &At) -> Result<Redirect> {

@@ -17,6 +17,9 @@ pub const FRESH: usize = 16 * 1024;
 /// Room kept behind a head for the body, octets.
 const BODY_ROOM: usize = 8 * 1024;
 
+/// Capacity of a fresh small buffer, octets: one of many that a single client can have.
+const SMALL: usize = 2 * 1024;
+
 /// A read buffer.
 #[derive(Debug, Default)]
 pub struct Buffer {
@@ -24,9 +27,18 @@ pub struct Buffer {
     floor: usize,
     start: usize,
     end: usize,
+    small: bool,
 }
 
 impl Buffer {
+    /// A buffer that begins small and grows for a head only.
+    pub fn small() -> Self {
+        Self {
+            small: true,
+            ..Self::default()
+        }
+    }
+
     /// The octets not yet taken.
     #[inline]
     pub fn unread(&self) -> &[u8] {
@@ -76,14 +88,14 @@ impl Buffer {
     /// Forgets everything; keeps the memory unless it has grown.
     pub fn clear(&mut self) {
         (self.floor, self.start, self.end) = (0, 0, 0);
-        if self.data.len() > 2 * FRESH {
+        if self.data.len() > if self.small { SMALL } else { 2 * FRESH } {
             self.data = Vec::new();
         }
     }
 
-    /// Makes the buffer at least `capacity` octets.
+    /// Makes the buffer at least `capacity` octets, unless it is a small one.
     pub fn grow(&mut self, capacity: usize) {
-        if self.data.len() < capacity {
+        if self.data.len() < capacity && !self.small {
             self.data.resize(capacity, 0);
         }
     }
@@ -107,12 +119,13 @@ impl Buffer {
 
     fn make_room(&mut self) {
         if self.data.is_empty() {
-            self.data.resize(FRESH, 0);
+            self.data.resize(if self.small { SMALL } else { FRESH }, 0);
         }
+        let body_room = if self.small { SMALL / 2 } else { BODY_ROOM };
         if self.start == self.end {
             (self.start, self.end) = (self.floor, self.floor);
         }
-        if self.end == self.data.len() || (self.start == self.end && self.data.len() - self.floor < BODY_ROOM)
+        if self.end == self.data.len() || (self.start == self.end && self.data.len() - self.floor < body_room)
         {
             if self.start > self.floor {
                 self.data.copy_within(self.start..self.end, self.floor);

@@ -173,6 +173,24 @@ impl<'a> Rewrite<'a> {
         limit.filter(|t| !t.is_zero())
     }
 
+    /// How long the request and its response may take in all.
+    pub(super) fn stream_limit(
+        &self,
+        manager: &HttpManager,
+        forward: &Forward,
+        buffers: &Buffers,
+    ) -> Option<Duration> {
+        let limits = &forward.stream_duration;
+        if let Some(most) = limits.grpc {
+            let head = buffers.request_in.head();
+            let asked = buffers.request.fields.get(head, b"grpc-timeout");
+            if let Some(asked) = asked.and_then(grpc_timeout) {
+                return Some(most.map_or(asked, |most| asked.min(most)));
+            }
+        }
+        limits.most.unwrap_or(manager.max_stream_duration)
+    }
+
     /// Takes the time of the response's beginning.
     pub(super) fn note_service_time(&mut self) {
         let ms = u64::try_from(self.sent_at.elapsed().as_millis()).unwrap_or(u64::MAX);

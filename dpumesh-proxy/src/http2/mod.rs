@@ -17,20 +17,31 @@
 pub mod call;
 pub mod exchange;
 mod incoming;
+pub mod keepalive;
 mod outgoing;
 pub mod pool;
 pub mod serve;
 
 use std::fmt;
 use std::io;
+use std::sync::LazyLock;
 
 use h2::Reason;
+
+use crate::tls::Protocols;
 
 /// What a client says first (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The application protocol's name in TLS.
 pub const ALPN: &[u8] = b"h2";
+
+/// What `auto_config` offers where the TLS context has no list.
+pub(crate) fn either() -> &'static Protocols {
+    static EITHER: LazyLock<Protocols> =
+        LazyLock::new(|| Protocols([ALPN, b"http/1.1"].map(<[u8]>::to_vec).into()));
+    &EITHER
+}
 
 /// Streams that a peer may have open at once, where the configuration does not say. (Envoy: 1024.)
 pub const STREAMS: u32 = 100;
@@ -42,7 +53,7 @@ pub const STREAM_WINDOW: u32 = 256 * 1024;
 pub const CONNECTION_WINDOW: u32 = 1024 * 1024;
 
 /// Octets of a stream that wait for the connection to take them.
-pub const SEND_BUFFER: usize = 64 * 1024;
+pub const SEND_BUFFER: usize = 16 * 1024;
 
 /// Streams reset by the peer before they were looked at, at most. More is a flood, and ends the connection.
 pub const PENDING_RESETS: usize = 50;

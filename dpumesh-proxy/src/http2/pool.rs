@@ -2,12 +2,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::future::{Future as _, poll_fn};
 use std::hash::Hash;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,8 +18,11 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::call::Call;
+use super::keepalive::{Heard, Keepalive};
+use super::serve::Begun;
 use super::{LOCAL_RESETS, PENDING_RESETS, SEND_BUFFER};
 use crate::config::model::Http2;
+use crate::stats::{ClusterHttp2, Scope, Shard};
 use crate::tls::Stream;
 use crate::upstream::Freed;
 
@@ -112,6 +117,10 @@ pub struct Terms<'a> {
     pub most_requests: u64,
     /// Whether the client speaks HTTP/2.
     pub for_http2: bool,
+    /// `cluster.NAME.http2.*`, where connections are kept alive.
+    pub stats: Option<&'a Arc<Scope>>,
+    /// Its shard.
+    pub shard: Shard,
     /// Told when a stream or the connection ends.
     pub freed: &'a Rc<Freed>,
 }
@@ -145,8 +154,21 @@ impl<K: Eq + Hash + Clone> Pool<K> {
     ) -> io::Result<Call> {
         let tls = matches!(stream, Stream::Tls(_));
         let (local, principal) = (stream.local_addr(), crate::tls::principal(&stream));
-        let begun = builder(terms.http2).handshake(stream).await;
-        let (request, connection) = begun.map_err(super::broken)?;
+        let kept = terms.http2.keepalive.zip(terms.stats);
+        let heard = kept.map(|_| Heard::default());
+        let begun = Begun {
+            octets: Bytes::new(),
+            stream,
+            heard: heard.clone(),
+            turn: None,
+        };
+        let begun = builder(terms.http2).handshake(begun).await;
+        let (request, mut connection) = begun.map_err(super::broken)?;
+        let mut keepalive = kept.zip(heard).and_then(|((settings, stats), heard)| {
+            let pings = Keepalive::new(settings, connection.ping_pong()?, heard);
+            Some((pings, Arc::clone(stats)))
+        });
+        let shard = terms.shard;
         let closed = Rc::new(Cell::new(false));
         let shared = Rc::new(Shared {
             request,
@@ -162,8 +184,17 @@ impl<K: Eq + Hash + Clone> Pool<K> {
         });
         tokio::task::spawn_local(async move {
             let _counted = counted;
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "HTTP/2 to an endpoint ended");
+            let ended = poll_fn(|cx| {
+                if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+                    return Poll::Ready(Some(ended));
+                }
+                let gone = keepalive.as_mut().is_some_and(|(k, _)| k.poll(cx).is_ready());
+                if gone { Poll::Ready(None) } else { Poll::Pending }
+            });
+            match (ended.await, &keepalive) {
+                (Some(Err(error)), _) => tracing::debug!(%error, "HTTP/2 to an endpoint ended"),
+                (None, Some((_, stats))) => stats.inc(shard, ClusterHttp2::KeepaliveTimeout),
+                _ => {}
             }
             closed.set(true);
         });

@@ -12,15 +12,16 @@ use bytes::Bytes;
 use h2::server::{Builder, Connection};
 use h2::{Reason, RecvStream, server::SendResponse};
 use http::Request;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use super::exchange::Exchange;
-use super::{LOCAL_RESETS, PENDING_RESETS, SEND_BUFFER};
+use super::keepalive::{Heard, Keepalive};
+use super::{LOCAL_RESETS, PENDING_RESETS, PREFACE, SEND_BUFFER};
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::HttpManager;
-use crate::http1::serve::{same_place, serve_stream};
+use crate::http1::serve::{LINGER, same_place, serve_stream};
 use crate::stats::{Http as Stat, Http2 as Stat2, Scope, Shard};
 use crate::tls::Stream;
 use crate::worker::{Entry, Peer, Place, Program, Worker};
@@ -32,13 +33,44 @@ pub struct Begun {
     pub octets: Bytes,
     /// Where the rest comes from.
     pub stream: Stream,
+    /// Counts what comes, where somebody wants to know.
+    pub heard: Option<Heard>,
+    /// What was done in one turn, where that has a bound.
+    pub turn: Option<Rc<Cell<usize>>>,
+}
+
+impl Begun {
+    /// Whether enough was done in this turn; then the next one is asked for.
+    fn is_others_turn(&self, cx: &Context<'_>) -> bool {
+        let enough = self.turn.as_ref().is_some_and(|turn| turn.get() >= TURN);
+        if enough {
+            cx.waker().wake_by_ref();
+        }
+        enough
+    }
+
+    fn note(&self, cost: usize) {
+        if let Some(turn) = &self.turn {
+            turn.set(turn.get() + cost);
+        }
+    }
 }
 
 impl AsyncRead for Begun {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, room: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.octets.is_empty() {
-            return Pin::new(&mut this.stream).poll_read(cx, room);
+            if this.is_others_turn(cx) {
+                return Poll::Pending;
+            }
+            let before = room.filled().len();
+            let read = Pin::new(&mut this.stream).poll_read(cx, room);
+            let n = room.filled().len() - before;
+            this.note(n);
+            if let Some(heard) = &this.heard {
+                heard.set(heard.get() + n as u64);
+            }
+            return read;
         }
         let n = this.octets.len().min(room.remaining());
         room.put_slice(&this.octets.split_to(n));
@@ -48,7 +80,12 @@ impl AsyncRead for Begun {
 
 impl AsyncWrite for Begun {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, data)
+        let this = self.get_mut();
+        if this.is_others_turn(cx) {
+            return Poll::Pending;
+        }
+        this.note(WRITE);
+        Pin::new(&mut this.stream).poll_write(cx, data)
     }
 
     fn poll_write_vectored(
@@ -56,7 +93,12 @@ impl AsyncWrite for Begun {
         cx: &mut Context<'_>,
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, data)
+        let this = self.get_mut();
+        if this.is_others_turn(cx) {
+            return Poll::Pending;
+        }
+        this.note(WRITE);
+        Pin::new(&mut this.stream).poll_write_vectored(cx, data)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -83,9 +125,20 @@ struct Client {
     streams: Rc<Streams>,
     served: u64,
     alarm: Alarm,
+    keepalive: Option<Keepalive>,
+    turn: Rc<Cell<usize>>,
     /// GOAWAY has been said.
     leaving: bool,
 }
+
+/// Octets that are taken off a connection before others have their turn: frames can be small, and costly.
+const TURN: usize = 8 * 1024;
+
+/// What a write counts for, octets: every PING asks for one.
+const WRITE: usize = 1024;
+
+/// So many streams of a connection have large buffers.
+const UNCROWDED: usize = 4;
 
 /// The streams that are being served.
 #[derive(Debug, Default)]
@@ -99,7 +152,7 @@ enum Event {
     Request(Box<Request<RecvStream>>, SendResponse<Bytes>),
     Over(Option<h2::Error>),
     Leave(Stat),
-    /// The drain's time is up, or a client that was told to go does not.
+    /// The drain's time is up, a client that was told to go does not, or one is gone.
     Abandon,
 }
 
@@ -108,7 +161,7 @@ pub async fn serve(
     worker: Rc<Worker>,
     program: Rc<Program>,
     entry: Entry,
-    begun: Begun,
+    mut begun: Begun,
     peer: Peer,
     place: Place,
     manager: Arc<HttpManager>,
@@ -117,13 +170,28 @@ pub async fn serve(
     stats.inc(shard, Stat::CxHttp2Total);
     stats.inc(shard, Stat::CxHttp2Active);
     let limit = manager.headers_timeout.or(manager.idle_timeout);
-    let handshake = builder(&manager).handshake(begun);
+    let kept = manager
+        .http2
+        .keepalive
+        .map(|settings| (settings, Heard::default()));
+    let turn = Rc::new(Cell::new(0));
+    begun.turn = Some(Rc::clone(&turn));
+    begun.heard = kept.as_ref().map(|(_, heard)| Rc::clone(heard));
+    let handshake = async {
+        if begins_well(&mut begun).await {
+            builder(&manager).handshake(begun).await.map(Some)
+        } else {
+            end(begun).await;
+            Ok(None)
+        }
+    };
     let shaken = match limit {
         Some(limit) => timeout(limit, handshake).await.ok(),
         None => Some(handshake.await),
     };
     match shaken {
-        Some(Ok(connection)) => {
+        Some(Ok(Some(mut connection))) => {
+            let kept = kept.and_then(|(settings, heard)| Some((settings, connection.ping_pong()?, heard)));
             let client = Client {
                 worker,
                 program,
@@ -134,10 +202,13 @@ pub async fn serve(
                 streams: Rc::default(),
                 served: 0,
                 alarm: Alarm::default(),
+                turn,
+                keepalive: kept.map(|(settings, pings, heard)| Keepalive::new(settings, pings, heard)),
                 leaving: false,
             };
             client.run(connection).await;
         }
+        Some(Ok(None)) => stats.inc(shard, Stat::CxProtocolError),
         Some(Err(error)) => {
             tracing::debug!(client = %peer.remote, %error, "no HTTP/2");
             stats.inc(shard, Stat::CxProtocolError);
@@ -145,6 +216,33 @@ pub async fn serve(
         None => stats.inc(shard, Stat::RqHeaderTimeout),
     }
     stats.dec(shard, Stat::CxHttp2Active);
+}
+
+/// Whether the connection begins with the preface, which stays to be read.
+async fn begins_well(begun: &mut Begun) -> bool {
+    let (mut octets, mut had) = ([0; PREFACE.len()], 0);
+    while had < octets.len() {
+        match begun.read(&mut octets[had..]).await {
+            Ok(n) if n > 0 => had += n,
+            _ => return false,
+        }
+        if octets[..had] != PREFACE[..had] {
+            return false;
+        }
+    }
+    begun.octets = [&octets, &*begun.octets].concat().into();
+    true
+}
+
+/// Ends a connection that is none, so that the client sees an end and not a reset: its rest is read for a moment and dropped.
+async fn end(mut begun: Begun) {
+    if begun.shutdown().await.is_ok() {
+        let mut room = [0; 1024];
+        let _ = timeout(LINGER, async {
+            while begun.read(&mut room).await.is_ok_and(|n| n > 0) {}
+        })
+        .await;
+    }
 }
 
 fn builder(manager: &HttpManager) -> Builder {
@@ -199,6 +297,7 @@ impl Client {
         let streams = Rc::clone(&self.streams);
         let mut ended = std::pin::pin!(streams.ended.notified());
         poll_fn(|cx| {
+            self.turn.set(0);
             match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, response)))) => {
                     return Poll::Ready(Event::Request(Box::new(request), response));
@@ -206,6 +305,10 @@ impl Client {
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Event::Over(Some(error))),
                 Poll::Ready(None) => return Poll::Ready(Event::Over(None)),
                 Poll::Pending => {}
+            }
+            if self.keepalive.as_mut().is_some_and(|k| k.poll(cx).is_ready()) {
+                self.worker.http2.inc(self.worker.shard, Stat2::KeepaliveTimeout);
+                return Poll::Ready(Event::Abandon);
             }
             self.entry.wake_by(cx.waker());
             while ended.as_mut().poll(cx).is_ready() {
@@ -265,22 +368,19 @@ impl Client {
         };
         let open = Open::new(&self.streams, &self.worker);
         let stream = Stream::Exchange(Box::new(exchange));
-        let served = serve_stream(
+        tokio::task::spawn_local(serve_stream(
             Rc::clone(&self.worker),
             Rc::clone(&self.program),
-            self.worker.enter(),
+            (self.worker.enter(), open),
             stream,
             Peer {
                 http2: true,
+                crowded: self.streams.open.get() > UNCROWDED,
                 ..self.peer.clone()
             },
             self.place.clone(),
             Arc::clone(&self.manager),
-        );
-        tokio::task::spawn_local(async move {
-            let _open = open;
-            served.await;
-        });
+        ));
     }
 
     fn note(&self, error: &h2::Error) {

@@ -422,6 +422,11 @@ impl ClientContext {
         matches!(self.shown, Shown::OfConnection { .. })
     }
 
+    /// What it offers by itself.
+    pub fn protocols(&self) -> &Protocols {
+        &self.parameters.protocols
+    }
+
     /// Begins TLS on `socket` for `connection`, offering `protocols` instead of the context's own where given.
     ///
     /// # Errors

@@ -133,7 +133,7 @@ pub(crate) fn at_both(bootstrap: impl Fn(&Endpoint, &str) -> String, check: impl
     check(&start_envoy(&binary, folder, &text), &endpoint);
 }
 
-fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &str) -> Subject {
+pub(crate) fn start_envoy(binary: &std::path::Path, folder: tempfile::TempDir, bootstrap: &str) -> Subject {
     let file = folder.path().join("bootstrap.yaml");
     std::fs::write(&file, bootstrap).unwrap();
     let admin_file = folder.path().join("admin");

@@ -3,13 +3,16 @@
 mod balance;
 mod config;
 mod envoy;
+mod floods;
 mod framing;
+mod h2spec;
 mod harness;
 mod health;
 mod http;
 mod http2;
 mod istio_metrics;
 mod jwt;
+mod limits;
 mod load;
 mod mesh;
 mod mesh_policy;

@@ -198,6 +198,7 @@ impl Broken {
             Self::Failed(Failure::Reset { refused: true, .. }) => Reset::Refused,
             Self::Failed(Failure::Reset { begun, .. }) => Reset::Broken { begun: *begun },
             Self::Failed(Failure::TryTimeout) => Reset::TryTimeout,
+            Self::Failed(Failure::AttemptDuration) => Reset::Broken { begun: true },
             Self::Failed(_) => return None,
         })
     }

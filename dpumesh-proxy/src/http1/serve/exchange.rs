@@ -22,7 +22,7 @@ use crate::worker::Buffers;
 /// Octets a client may send ahead while its request is being answered.
 pub(super) const AHEAD: usize = 64 * 1024;
 
-/// Largest response head, octets.
+/// Largest response head, octets, interim ones before it included.
 pub(super) const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
 
 impl Session {
@@ -47,6 +47,7 @@ impl Session {
             request,
             response,
             response_out,
+            ..
         } = buffers;
         if request.expects_continue && !flow.read_all() {
             stream
@@ -58,7 +59,7 @@ impl Session {
         }
         response_in.clear();
         let (mut sending, mut broken) = (true, false);
-        let mut scan = Scan::default();
+        let (mut scan, mut interim) = (Scan::default(), 0);
         let idle_timeout = call.forward.idle_timeout;
         let mut watch = Watch::new(idle_timeout.unwrap_or(call.manager.stream_idle_timeout));
         let result = poll_fn(|cx| {
@@ -86,9 +87,15 @@ impl Session {
             let begun = flow.wire_out > 0;
             loop {
                 match scan.find(response_in.unread()) {
+                    Ok(Some(length)) if length + interim > LARGEST_RESPONSE_HEAD => {
+                        return Poll::Ready(Err(Failure::Protocol { begun }));
+                    }
                     Ok(Some(length)) => {
                         match is_interim(response_in, response, length, call.rewrite.tunnel) {
-                            Ok(true) => continue,
+                            Ok(true) => {
+                                interim += length;
+                                continue;
+                            }
                             Ok(false) => return Poll::Ready(Ok(())),
                             Err(failure) => return Poll::Ready(Err(failure)),
                         }
@@ -108,6 +115,9 @@ impl Session {
                     }
                     Poll::Pending => break,
                 }
+            }
+            if let Poll::Ready(failure) = call.poll_end(cx, alarm) {
+                return Poll::Ready(Err(failure));
             }
             if !sending
                 && alarm

@@ -8,10 +8,14 @@ use super::local::{Reply, RequestBody};
 use super::{Outcome, Session};
 use crate::health::outlier::Outcome as Noted;
 use crate::http1::body::FlowError;
+use crate::http1::head::Framing;
 use crate::http2;
 use crate::stats::{Cluster as ClusterStat, Http as Stat};
 use crate::upstream::{Lane, NoConnection};
 use crate::worker::Buffers;
+
+/// gRPC's status for it.
+const DEADLINE_EXCEEDED: u32 = 4;
 
 const DISCONNECTED: &str = "upstream connect error or disconnect/reset before headers. reset reason: ";
 
@@ -28,6 +32,10 @@ pub(super) enum Failure {
     Idle,
     /// One attempt's time limit.
     TryTimeout,
+    /// The connection manager's or the route's limit on the exchange as a whole.
+    StreamDuration,
+    /// The cluster's limit on an attempt as a whole.
+    AttemptDuration,
     /// The endpoint closed; `answered` if it had said something, `begun` if something had been sent to it.
     Upstream { answered: bool, begun: bool },
     /// The endpoint reset the HTTP/2 stream; `refused` if it says that it has not looked at the request.
@@ -71,7 +79,7 @@ impl Failure {
         match self {
             Self::Upstream { .. } | Self::Reset { .. } | Self::Protocol { .. } => Some(Noted::Failed),
             Self::Timeout | Self::TryTimeout => Some(Noted::TimedOut),
-            Self::Client | Self::BadBody | Self::Idle => None,
+            Self::Client | Self::BadBody | Self::Idle | Self::StreamDuration | Self::AttemptDuration => None,
         }
     }
 
@@ -82,6 +90,8 @@ impl Failure {
             Self::BadBody => "DPE",
             Self::Timeout | Self::TryTimeout => "UT",
             Self::Idle => "SI",
+            Self::StreamDuration => "",
+            Self::AttemptDuration => "UMSDR",
             Self::Upstream { .. } => "UC",
             Self::Reset { .. } => "UR",
             Self::Protocol { .. } => "UPE",
@@ -96,6 +106,8 @@ impl Failure {
             Self::Timeout => "response_timeout",
             Self::TryTimeout => "upstream_per_try_timeout",
             Self::Idle => "stream_idle_timeout",
+            Self::StreamDuration => "max_duration_timeout",
+            Self::AttemptDuration => "upstream_max_stream_duration_reached",
             Self::Upstream { .. } => "upstream_reset_before_response_started{connection_termination}",
             Self::Reset { refused: false, .. } => "upstream_reset_before_response_started{remote_reset}",
             Self::Reset { refused: true, .. } => {
@@ -185,6 +197,12 @@ impl Session {
         body: RequestBody,
     ) -> Outcome {
         let (stats, shard) = (&lane.cluster.stats, self.worker.shard);
+        // Of a client that has not said all, it is not the endpoint that is late.
+        let late = if body == RequestBody::Taken || buffers.request.fields.framing == Framing::None {
+            504
+        } else {
+            408
+        };
         let (status, text) = match &failure {
             Failure::Client => {
                 stats.inc(shard, ClusterStat::RqTxReset);
@@ -208,6 +226,16 @@ impl Session {
                 };
                 stats.inc(shard, member);
                 (504, "upstream request timeout".to_owned())
+            }
+            Failure::StreamDuration => {
+                self.manager.stats.inc(shard, Stat::RqMaxDuration);
+                stats.inc(shard, ClusterStat::RqTxReset);
+                (late, "downstream duration timeout".to_owned())
+            }
+            Failure::AttemptDuration => {
+                stats.inc(shard, ClusterStat::RqMaxDuration);
+                stats.inc(shard, ClusterStat::RqTxReset);
+                (late, "upstream max stream duration reached".to_owned())
             }
             Failure::Idle => {
                 self.manager.stats.inc(shard, Stat::RqIdleTimeout);
@@ -234,7 +262,11 @@ impl Session {
         if status >= 500 {
             lane.count(status);
         }
-        let reply = Reply::new(status, failure.flags())
+        let mut reply = Reply::new(status, failure.flags());
+        if matches!(failure, Failure::StreamDuration) {
+            reply = reply.grpc_status(DEADLINE_EXCEEDED);
+        }
+        let reply = reply
             .body(&text)
             .because(failure.details())
             .for_endpoint(address)

@@ -5,6 +5,7 @@
 //! sense of the route's policy; where the policy covers the case, it alone decides.
 
 use std::cell::Cell;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -14,6 +15,7 @@ use super::failure::{Broken, Failure};
 use super::local::{Reply, RequestBody};
 use super::tunnel::opens;
 use super::{Outcome, Session};
+use crate::alarm::{Alarm, earlier};
 use crate::balance::Ask;
 use crate::config::model::HttpManager;
 use crate::health::outlier::Outcome as Noted;
@@ -44,6 +46,10 @@ pub(super) struct Forwarding<'a, 'r> {
     pub(super) deadline: Option<Instant>,
     /// When the response to this attempt must have begun.
     pub(super) try_deadline: Option<Instant>,
+    /// When all of the exchange must be over.
+    pub(super) stream_end: Option<Instant>,
+    /// When all of this attempt must be over, as the cluster has it.
+    pub(super) attempt_end: Option<Instant>,
     /// Octets of the head that stands in the buffer for the endpoint.
     pub(super) head_length: usize,
     /// Who gets a copy of the body.
@@ -57,6 +63,28 @@ impl Forwarding<'_, '_> {
         self.sent.set(Some(now));
         if self.complete.get().is_none() {
             self.complete.set(Some(now));
+        }
+    }
+}
+
+impl Forwarding<'_, '_> {
+    /// Ready when what may take its time no longer may: a limit on the exchange as a whole has passed.
+    pub(super) fn poll_end(&self, cx: &mut Context<'_>, alarm: &mut Alarm) -> Poll<Failure> {
+        ready!(alarm.poll(cx, earlier(self.stream_end, self.attempt_end)));
+        let whole = self.stream_end.is_some_and(|at| Instant::now() >= at);
+        Poll::Ready(if whole {
+            Failure::StreamDuration
+        } else {
+            Failure::AttemptDuration
+        })
+    }
+
+    /// Which limit a wait has come to an end by.
+    fn passed(&self) -> Failure {
+        match (self.deadline, self.stream_end) {
+            (Some(deadline), Some(end)) if end < deadline => Failure::StreamDuration,
+            (None, Some(_)) => Failure::StreamDuration,
+            _ => Failure::Timeout,
         }
     }
 }
@@ -146,14 +174,13 @@ impl Session {
         call: &Forwarding<'_, '_>,
         pause: Duration,
     ) -> Result<(), Failure> {
-        let left = call
-            .deadline
-            .map(|at| at.saturating_duration_since(Instant::now()));
+        let left =
+            earlier(call.deadline, call.stream_end).map(|at| at.saturating_duration_since(Instant::now()));
         let short = left.filter(|left| *left <= pause);
         let paused = self.pause(buffers, short.unwrap_or(pause)).await;
         paused.map_err(|()| Failure::Client)?;
         if short.is_some() {
-            Err(Failure::Timeout)
+            Err(call.passed())
         } else {
             Ok(())
         }
@@ -211,6 +238,7 @@ impl Session {
                 }
             };
             call.try_deadline = attempts.deadline(call.deadline);
+            call.attempt_end = lane.cluster.max_stream_duration.map(|t| Instant::now() + t);
             match self.exchange(buffers, call, &mut connection, &mut flow).await {
                 Ok(sent) => {
                     if lane.cluster.outlier.is_some() {
@@ -287,8 +315,8 @@ impl Session {
                 }
             }
         };
-        match call.deadline {
-            Some(at) => timeout_at(at, attempt).await.map_err(|_| Failure::Timeout),
+        match earlier(call.deadline, call.stream_end) {
+            Some(at) => timeout_at(at, attempt).await.map_err(|_| call.passed()),
             None => Ok(attempt.await),
         }
     }

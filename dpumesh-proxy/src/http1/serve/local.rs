@@ -18,7 +18,7 @@ use crate::stats::Http as Stat;
 use crate::worker::Buffers;
 
 /// After a refusal the client's remaining octets are read for at most this long, so that it sees the answer.
-const LINGER: Duration = Duration::from_millis(500);
+pub(crate) const LINGER: Duration = Duration::from_millis(500);
 
 /// How long a client may take to read a response of the proxy's own, where no stream idle timeout is set.
 const SLOWEST_READER: Duration = Duration::from_secs(300);

@@ -116,7 +116,7 @@ impl Copy {
             return;
         };
         stats.inc(shard, ClusterStat::RqTotal);
-        let mut buffers = self.worker.take_buffers();
+        let mut buffers = self.worker.take_buffers(false);
         let result = self.exchange(&mut connection, &mut buffers).await;
         if buffers.response.status >= 200 && result.is_ok() {
             lane.count(buffers.response.status);

@@ -37,6 +37,7 @@ use std::task::Poll;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+pub(crate) use self::local::LINGER;
 use self::local::Reply;
 use self::read::Next;
 use crate::access_log::{Besides, Times};
@@ -65,6 +66,8 @@ pub async fn serve(
         let begun = Begun {
             octets: Bytes::new(),
             stream,
+            heard: None,
+            turn: None,
         };
         // Boxed: a connection that speaks HTTP/1.1 does without its memory.
         Box::pin(http2::serve::serve(
@@ -110,11 +113,11 @@ async fn serve_http1(
     }
 }
 
-/// Serves a client's HTTP/2 stream: its one exchange.
+/// Serves a client's HTTP/2 stream: its one exchange. `held` is given up behind it (an async block around this would hold all of it twice).
 pub(crate) async fn serve_stream(
     worker: Rc<Worker>,
     program: Rc<Program>,
-    entry: Entry,
+    (entry, held): (Entry, impl Sized),
     stream: Stream,
     peer: Peer,
     place: Place,
@@ -122,6 +125,7 @@ pub(crate) async fn serve_stream(
 ) {
     let mut session = Session::new(worker, program, entry, stream, peer, place, manager);
     session.run().await;
+    drop(held);
 }
 
 /// Where the chain that a connection came in by stands in `program`: itself, and its connection manager there.
@@ -179,7 +183,12 @@ impl Session {
             program,
             ..
         } = self;
-        let begun = Begun { octets, stream };
+        let begun = Begun {
+            octets,
+            stream,
+            heard: None,
+            turn: None,
+        };
         http2::serve::serve(worker, program, entry, begun, peer, place, manager).await;
     }
 }
@@ -279,7 +288,7 @@ impl Session {
                     if !self.wait_readable().await {
                         return None;
                     }
-                    self.worker.take_buffers()
+                    self.worker.take_buffers(self.peer.crowded)
                 }
             };
             let keep = match self.next_request(&mut held).await {

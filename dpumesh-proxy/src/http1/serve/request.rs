@@ -304,6 +304,7 @@ impl Session {
                 changes.add_to_request_first(&filtered.request);
                 let bodiless = buffers.request.fields.framing == Framing::None;
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
+                let stream_end = rewrite.stream_limit(manager, forward, buffers).map(|t| begun + t);
                 let mut forwarding = Forwarding {
                     manager,
                     lane,
@@ -320,6 +321,8 @@ impl Session {
                     sent: Cell::default(),
                     deadline,
                     try_deadline: None,
+                    stream_end,
+                    attempt_end: None,
                     head_length: 0,
                     copies: Vec::new(),
                 };

@@ -212,6 +212,9 @@ impl Session {
                 }
                 Poll::Pending => {}
             }
+            if let Poll::Ready(failure) = call.poll_end(cx, alarm) {
+                return Poll::Ready(Err(failure));
+            }
             if alarm.poll(cx, call.deadline).is_ready() {
                 return Poll::Ready(Err(Failure::Timeout));
             }
