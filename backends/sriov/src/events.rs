@@ -19,6 +19,9 @@ use crate::discover;
 /// How often the card is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Looks at a card that changes all the time before one of them is believed.
+const SETTLING: usize = 10;
+
 /// Most events that wait in a subscription.
 const QUEUE: usize = 4096;
 
@@ -67,6 +70,23 @@ impl Subscription {
 }
 
 impl Seen {
+    /// What is there, when it is what was there before or two looks agree on it: a card that goes while it is looked at shows a part of
+    /// itself for a moment.
+    fn settled(card: &Inner, before: Option<&Self>) -> Option<Self> {
+        let mut last = Self::of(card)?;
+        for _ in 0..SETTLING {
+            if before == Some(&last) {
+                break;
+            }
+            let again = Self::of(card)?;
+            if again == last {
+                break;
+            }
+            last = again;
+        }
+        Some(last)
+    }
+
     fn of(card: &Inner) -> Option<Self> {
         let change = card.begin("sriov.events").ok()?;
         let mut seen = Self {
@@ -149,8 +169,8 @@ impl EventStream for Subscription {
             let changed = Arc::clone(&self.changed);
             let mut changed = std::pin::pin!(changed.notified());
             changed.as_mut().enable();
-            let card = self.card.upgrade()?;
-            let looked = tokio::task::spawn_blocking(move || Seen::of(&card)).await;
+            let (card, before) = (self.card.upgrade()?, self.seen.clone());
+            let looked = tokio::task::spawn_blocking(move || Seen::settled(&card, before.as_ref())).await;
             if let Ok(Some(now)) = looked {
                 self.compare(now);
             }

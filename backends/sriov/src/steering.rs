@@ -31,6 +31,8 @@ const LEGACY: &str =
 pub(crate) struct CardSteering {
     card: Arc<Inner>,
     opened: Arc<Mutex<Option<Opened>>>,
+    /// Held from the look at the card to the end of a change, by who comes first: changes take effect in the order of their calls.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Network device of each port.
@@ -55,6 +57,7 @@ impl CardSteering {
         Self {
             card,
             opened: Arc::default(),
+            turn: Arc::default(),
         }
     }
 
@@ -168,6 +171,7 @@ impl FlowSteering for CardSteering {
     }
 
     async fn apply(&self, fence: Fence, batch: &Batch) -> Result<BatchOutcome> {
+        let _turn = self.turn.lock().await;
         self.rules("steering.apply").await?.apply(fence, batch).await
     }
 
@@ -183,10 +187,12 @@ impl FlowSteering for CardSteering {
     }
 
     async fn flush(&self, fence: Fence, owner: Owner) -> Result<u64> {
+        let _turn = self.turn.lock().await;
         self.rules("steering.flush").await?.flush(fence, owner).await
     }
 
     async fn set_miss_policy(&self, fence: Fence, port: PortRef, policy: MissPolicy) -> Result<()> {
+        let _turn = self.turn.lock().await;
         let rules = self.rules("steering.set_miss_policy").await?;
         rules.set_miss_policy(fence, port, policy).await
     }
