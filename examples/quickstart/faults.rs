@@ -44,8 +44,8 @@ pub(crate) const ALL: &[Scenario] = &[
 const CROWD: u64 = 1000;
 /// Connections that make the load under which programs are killed.
 const LOAD: &str = "16";
-/// How long that load lasts, milliseconds.
-const LOAD_MS: &str = "5000";
+/// How long that load lasts.
+const LOAD_LASTS: Duration = Duration::from_secs(5);
 /// Port of the servers that scenarios start for themselves.
 const OWN_PORT: u16 = 9100;
 /// How long a slow receiver takes nothing.
@@ -332,6 +332,12 @@ fn too_big_sent(world: &World) -> Result<u64> {
 
 /// HTTP across nodes, going on while the scenario kills or breaks something. Returns once it really is.
 pub(crate) fn load(world: &World) -> Result<Background> {
+    load_to(world, "remote", LOAD_LASTS)
+}
+
+/// The same to a host, for so long.
+pub(crate) fn load_to(world: &World, host: &str, lasting: Duration) -> Result<Background> {
+    let lasting = lasting.as_millis().to_string();
     let service = SocketAddr::new(http_service(false), SERVICE_PORT).to_string();
     let before = world.counted(0, rules::intercept(&world.client().pod))?;
     let load = Background::start(
@@ -340,11 +346,11 @@ pub(crate) fn load(world: &World) -> Result<Background> {
             "http-get",
             &service,
             "--host",
-            "remote",
+            host,
             "--connections",
             LOAD,
             "--for-ms",
-            LOAD_MS,
+            &lasting,
             "--timeout-ms",
             "3000",
         ],

@@ -21,6 +21,8 @@ mod mesh;
 mod node;
 mod reload;
 mod scenarios;
+mod security;
+mod trust;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

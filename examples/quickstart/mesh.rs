@@ -3,9 +3,9 @@
 //!
 //! | address | what the proxy does |
 //! |---|---|
-//! | `10.96.0.1:80`, `[fd00:96::1]:80` | HTTP by host: `local`, `remote`, `split`, `slow`, `dead`, `nobody` |
+//! | `10.96.0.1:80`, `[fd00:96::1]:80` | HTTP by host: `local`, `remote`, `secure`, `split`, `slow`, `dead`, `nobody`, `flaky`, `retried` |
 //! | `10.96.0.2:9000`, `[fd00:96::2]:9000` | TCP to the web pod of the other node |
-//! | a pod's port 8080 | HTTP to that pod: the inbound side |
+//! | a pod's port 8080 | HTTP to that pod: the inbound side. In TLS only from the first node's identity, and not to `/admin` |
 //! | any other | TCP to where the client meant |
 //!
 //! The same files start stock Envoy.
@@ -15,6 +15,8 @@ use std::path::Path;
 
 use dpumesh_cni::rules::Pod;
 use serde_json::{Value, json};
+
+use super::trust::{SecretFiles, identity};
 
 /// Port of the pods' HTTP servers.
 pub(crate) const HTTP_PORT: u16 = 8080;
@@ -43,8 +45,14 @@ fn address(ipv6: bool, v4: &str, v6: &str) -> IpAddr {
 }
 
 /// The bootstrap of a node's proxy. `local` and `remote` are the web pods of this and of the other node; `routes` is the
-/// file with [`routes`].
-pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod, routes: &Path) -> Value {
+/// file with [`routes`], `secrets` are the files with key, certificate and roots.
+pub(crate) fn bootstrap(
+    node: usize,
+    local: &Pod,
+    remote: &Pod,
+    routes: &Path,
+    secrets: &SecretFiles,
+) -> Value {
     let watched = json!({ "rds": {
         "route_config_name": family("outbound", false),
         "config_source": { "path_config_source": { "path": routes } },
@@ -53,7 +61,7 @@ pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod, routes: &Path) -
         "name": family("outbound", true),
         "virtual_hosts": outbound_routes(true),
     } });
-    let listeners = [listener(false, watched), listener(true, fixed)];
+    let listeners = [listener(false, watched, secrets), listener(true, fixed, secrets)];
     let mut clusters = vec![original_destination("original")];
     for ipv6 in [false, true] {
         clusters.push(endpoints(
@@ -63,6 +71,15 @@ pub(crate) fn bootstrap(node: usize, local: &Pod, remote: &Pod, routes: &Path) -
         clusters.push(endpoints(
             &family("remote", ipv6),
             &[endpoint(remote, ipv6, HTTP_PORT)],
+        ));
+        clusters.push(secured(
+            endpoints(&family("secure", ipv6), &[endpoint(remote, ipv6, HTTP_PORT)]),
+            &identity(1 - node),
+            secrets,
+        ));
+        clusters.push(endpoints(
+            &family("flaky", ipv6),
+            &[endpoint(local, ipv6, 9), endpoint(local, ipv6, HTTP_PORT)],
         ));
         clusters.push(endpoints(&family("dead", ipv6), &[endpoint(local, ipv6, 9)]));
         clusters.push(endpoints(&family("nobody", ipv6), &[]));
@@ -96,9 +113,20 @@ fn socket_address(address: &str, port: u16) -> Value {
     json!({ "socket_address": { "address": address, "port_value": port } })
 }
 
-fn listener(ipv6: bool, outbound: Value) -> Value {
+fn listener(ipv6: bool, outbound: Value, secrets: &SecretFiles) -> Value {
     let name = family("inbound", ipv6);
     let inbound = json!({ "route_config": { "name": name, "virtual_hosts": inbound_routes() } });
+    let mut inspector = typed(
+        "envoy.filters.listener.tls_inspector",
+        "filters.listener.tls_inspector.v3.TlsInspector",
+        json!({}),
+    );
+    // Only where somebody wants to know: on other ports it may be the server who speaks first.
+    let ports = |start: u32, end: u32| json!({ "destination_port_range": { "start": start, "end": end } });
+    let port = u32::from(HTTP_PORT);
+    inspector["filter_disabled"] =
+        json!({ "or_match": { "rules": [ports(0, port), ports(port + 1, 65_536)] } });
+    let trusted = format!("{name}-mtls");
     json!({
         "name": family("intercept", ipv6),
         "address": socket_address(if ipv6 { "::" } else { "0.0.0.0" }, PROXY_PORT),
@@ -110,6 +138,7 @@ fn listener(ipv6: bool, outbound: Value) -> Value {
                 "filters.listener.original_src.v3.OriginalSrc",
                 json!({}),
             ),
+            inspector,
         ],
         "filter_chains": [
             {
@@ -120,7 +149,16 @@ fn listener(ipv6: bool, outbound: Value) -> Value {
             {
                 "name": "inbound-http",
                 "filter_chain_match": { "destination_port": HTTP_PORT },
-                "filters": [http(&name, inbound)],
+                "filters": [http(&name, inbound.clone())],
+            },
+            {
+                "name": "inbound-mtls",
+                "filter_chain_match": { "destination_port": HTTP_PORT, "transport_protocol": "tls" },
+                "transport_socket": tls("DownstreamTlsContext", json!({
+                    "require_client_certificate": true,
+                    "common_tls_context": tls_context(secrets, None),
+                })),
+                "filters": [with_filter(http(&trusted, inbound), access_rules())],
             },
             {
                 "name": "outbound-tcp",
@@ -136,6 +174,73 @@ fn listener(ipv6: bool, outbound: Value) -> Value {
         ],
         "default_filter_chain": { "name": "passthrough", "filters": [tcp(&family("passthrough", ipv6), "original")] },
     })
+}
+
+/// The inbound side of mutual TLS lets in who is the first node, to anywhere but `/admin`.
+fn access_rules() -> Value {
+    let anywhere_else = json!({ "not_rule": { "url_path": { "path": { "prefix": "/admin" } } } });
+    let first = json!({ "authenticated": { "principal_name": { "exact": identity(0) } } });
+    typed(
+        "envoy.filters.http.rbac",
+        "filters.http.rbac.v3.RBAC",
+        json!({ "rules": { "action": "ALLOW", "policies": {
+            "first-node": { "permissions": [anywhere_else], "principals": [first] },
+        } } }),
+    )
+}
+
+/// A connection manager with one more filter before the router.
+fn with_filter(mut manager: Value, filter: Value) -> Value {
+    let filters = manager.pointer_mut("/typed_config/http_filters");
+    let filters = filters
+        .and_then(Value::as_array_mut)
+        .expect("a manager has filters");
+    filters.insert(0, filter);
+    manager
+}
+
+fn tls(context: &str, config: Value) -> Value {
+    typed(
+        "envoy.transport_sockets.tls",
+        &format!("transport_sockets.tls.v3.{context}"),
+        config,
+    )
+}
+
+/// Key and certificate from a file, roots from another, and whom the peer must be, where that matters.
+fn tls_context(secrets: &SecretFiles, peer: Option<&str>) -> Value {
+    let from = |name: &str, file: &Path| json!({ "name": name, "sds_config": { "path_config_source": { "path": file } } });
+    let names: Vec<Value> = peer
+        .map(|peer| json!({ "san_type": "URI", "matcher": { "exact": peer } }))
+        .into_iter()
+        .collect();
+    json!({
+        "tls_certificate_sds_secret_configs": [from("default", &secrets.certificate)],
+        "combined_validation_context": {
+            "default_validation_context": { "match_typed_subject_alt_names": names },
+            "validation_context_sds_secret_config": from("ROOTCA", &secrets.roots),
+        },
+    })
+}
+
+/// A cluster with mutual TLS to `peer`. A connection carries ten requests, so that new certificates are soon in use.
+fn secured(mut cluster: Value, peer: &str, secrets: &SecretFiles) -> Value {
+    cluster["transport_socket"] = tls(
+        "UpstreamTlsContext",
+        json!({ "common_tls_context": tls_context(secrets, Some(peer)) }),
+    );
+    let options = typed(
+        "",
+        "upstreams.http.v3.HttpProtocolOptions",
+        json!({
+            "common_http_protocol_options": { "max_requests_per_connection": 10 },
+            "explicit_http_config": { "http_protocol_options": {} },
+        }),
+    );
+    cluster["typed_extension_protocol_options"] = json!({
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options["typed_config"],
+    });
+    cluster
 }
 
 fn typed(name: &str, kind: &str, mut config: Value) -> Value {
@@ -194,10 +299,26 @@ fn outbound_routes(ipv6: bool) -> Value {
             ] } },
         },
     ]);
+    let retried = json!([{ "match": all.clone(), "route": {
+        "cluster": cluster("flaky"),
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream",
+            "num_retries": 2,
+            "retry_host_predicate": [typed(
+                "envoy.retry_host_predicates.previous_hosts",
+                "retry.host.previous_hosts.v3.PreviousHostsPredicate",
+                json!({}),
+            )],
+            "host_selection_retry_max_attempts": 5,
+        },
+    } }]);
     let slow = json!([{ "match": all.clone(), "route": { "cluster": cluster("local"), "timeout": "0.2s" } }]);
     json!([
         { "name": "local", "domains": ["local"], "routes": to("local") },
         { "name": "remote", "domains": ["remote"], "routes": to("remote") },
+        { "name": "secure", "domains": ["secure"], "routes": to("secure") },
+        { "name": "flaky", "domains": ["flaky"], "routes": to("flaky") },
+        { "name": "retried", "domains": ["retried"], "routes": retried },
         { "name": "split", "domains": ["split"], "routes": split },
         { "name": "slow", "domains": ["slow"], "routes": slow },
         { "name": "dead", "domains": ["dead"], "routes": to("dead") },
@@ -249,6 +370,7 @@ mod tests {
             &pod("a", "10.244.1.1", "fd00:244:1::1"),
             &pod("b", "10.244.2.1", "fd00:244:2::1"),
             &watched,
+            &SecretFiles::within(folder.path()),
         );
         let file = folder.path().join("proxy.json");
         std::fs::write(&file, bootstrap.to_string()).expect("written");

@@ -10,7 +10,8 @@
 //! All namespaces are anonymous: they live by descriptors of this process and go with it.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use ipnet::IpNet;
 use tokio::runtime::Runtime;
 
 use super::mesh;
+use super::trust::{self, SecretFiles};
 
 /// Anything that keeps a node from working; said once, with what was tried.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -60,6 +62,8 @@ pub(crate) struct Nodes {
     pub(crate) all: Vec<Node>,
     pub(crate) network: Network,
     pub(crate) plan: Plan,
+    /// Signs the proxies' certificates.
+    pub(crate) authority: trust::Authority,
     run: Arc<Run>,
 }
 
@@ -132,6 +136,7 @@ impl Nodes {
             all,
             network,
             plan,
+            authority: trust::Authority::new()?,
             run,
         };
         for index in 0..nodes.all.len() {
@@ -175,9 +180,10 @@ impl Nodes {
     pub(crate) fn start_proxy(&mut self, index: usize) -> Result<()> {
         let (local, remote) = (self.pod(index, 1).pod.clone(), self.pod(1 - index, 1).pod.clone());
         let node = &mut self.all[index];
+        self.authority.issue(&trust::identity(index), &node.secrets())?;
         let file = node.folder.join("proxy.json");
         fs::write(node.routes(), mesh::routes().to_string())?;
-        let bootstrap = mesh::bootstrap(index, &local, &remote, &node.routes());
+        let bootstrap = mesh::bootstrap(index, &local, &remote, &node.routes(), &node.secrets());
         fs::write(&file, serde_json::to_string_pretty(&bootstrap)?)?;
         let mut command = ourselves("dpu-proxy");
         command
@@ -337,6 +343,20 @@ impl Node {
     /// Makes a call of the agent; the channel's connection lives on the host's threads.
     pub(crate) fn ask<T>(&self, call: impl Future<Output = dpumesh_core::Result<T>>) -> Result<T> {
         Ok(self.runtime.block_on(call)?)
+    }
+
+    /// The files with the proxy's secrets.
+    pub(crate) fn secrets(&self) -> SecretFiles {
+        SecretFiles::within(&self.folder)
+    }
+
+    /// What the proxy's admin server answers for a path.
+    pub(crate) fn ask_proxy(&self, path: &str) -> Result<String> {
+        let answer = self.own.soc.run(|| get_admin(path))??;
+        let (_, body) = answer
+            .split_once("\r\n\r\n")
+            .ok_or("no answer from the admin server")?;
+        Ok(body.to_owned())
     }
 
     /// The file with the routes that the proxy watches.
@@ -543,4 +563,18 @@ fn configure_pod(running: &RunningPod) -> Result<()> {
         netlink.replace_route(&default.via(gateway).onlink().on(link.index).metrics(metrics))?;
     }
     Ok(())
+}
+
+/// Asks the admin server of the namespace that the thread is in.
+fn get_admin(path: &str) -> std::io::Result<String> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, mesh::ADMIN_PORT));
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }

@@ -3,8 +3,6 @@
 //! The file is the one with the routes of the HTTP service over IPv4; it is replaced as a whole, as those do who write
 //! such files.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,7 +10,7 @@ use dpumesh_examples::workload::http_client::Summary;
 use serde_json::{Value, json};
 
 use super::faults;
-use super::mesh::{self, ADMIN_PORT};
+use super::mesh;
 use super::node::Result;
 use super::scenarios::{PATIENCE, World, all_from, ensure};
 
@@ -113,30 +111,11 @@ fn await_refusal(world: &World, wanted: impl Fn(&str) -> bool) -> Result<String>
 }
 
 fn refusal(world: &World) -> Result<String> {
-    let dump = world.nodes.all[0].own.soc.run(|| ask("/config_dump"))??;
-    let body = dump
-        .split_once("\r\n\r\n")
-        .ok_or("no answer from the admin server")?
-        .1;
-    let dump: Value = serde_json::from_str(body)?;
+    let dump: Value = serde_json::from_str(&world.nodes.all[0].ask_proxy("/config_dump")?)?;
     let details = dump["configs"]
         .as_array()
         .into_iter()
         .flatten()
         .filter_map(|c| c["details"].as_str());
     Ok(details.collect::<Vec<_>>().join("\n"))
-}
-
-/// Asks the admin server; in the SoC's namespace.
-fn ask(path: &str) -> std::io::Result<String> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT));
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
 }

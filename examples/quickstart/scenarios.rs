@@ -25,6 +25,7 @@ use serde::de::DeserializeOwned;
 use super::faults::ways_around;
 use super::mesh::{HTTP_PORT, SERVICE_PORT, TCP_PORT, http_service, tcp_service};
 use super::node::{Nodes, POD_INTERFACE, Result, RunningPod, WIRE};
+use super::security;
 
 /// Longest that a client may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -53,6 +54,10 @@ pub(crate) const ALL: &[Scenario] = &[
     ("route by header", header_route),
     ("timeout", timeout),
     ("dead and missing endpoints", dead_endpoints),
+    ("mTLS across nodes", security::mutual_tls),
+    ("authorization denied", security::authorization),
+    ("retry", security::retry),
+    ("certificates renewed under load", security::renewal),
     ("100 MB over TCP, byte-exact", bulk),
     ("IPv6", ipv6),
     ("spoofed frames", spoofed),

@@ -4,3 +4,6 @@
 #[path = "../quickstart/mesh.rs"]
 #[expect(dead_code, reason = "the example uses what the tests do not")]
 mod mesh;
+#[path = "../quickstart/trust.rs"]
+#[expect(dead_code, reason = "the example uses what the tests do not")]
+mod trust;
