@@ -16,6 +16,7 @@ use dpumesh_hw::stream::IngressPort;
 
 mod filter;
 mod format;
+pub mod fuzz;
 mod json;
 mod time;
 
@@ -23,6 +24,7 @@ pub use self::filter::{Compare, Filter, How};
 use self::format::{Part, compile};
 use self::json::Json;
 pub(crate) use self::time::timestamp;
+use crate::config::model::Endpoint;
 use crate::stats::{self, Registry, Scope, Shard};
 use crate::tls::Connection;
 
@@ -42,6 +44,14 @@ pub struct AccessLog {
     format: Format,
     filter: Option<Filter>,
     sink: Arc<Sink>,
+    asks: Asks,
+}
+
+/// What a format asks for that is not had for nothing.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asks {
+    upstream_local: bool,
+    host_name: bool,
 }
 
 /// How a line looks.
@@ -131,10 +141,14 @@ pub struct Record<'a> {
     pub cluster: Option<&'a str>,
     /// The route's name.
     pub route: Option<&'a str>,
-    /// The client.
+    /// The client: the socket's other end, or whom a PROXY header names.
     pub remote: SocketAddr,
-    /// Where it connected to.
+    /// The socket's other end.
+    pub direct_remote: SocketAddr,
+    /// Where the client connected to, by a PROXY header too.
     pub local: SocketAddr,
+    /// The socket's own address.
+    pub direct_local: SocketAddr,
     /// The dataplane's port it came in by.
     pub ingress: Option<IngressPort>,
     /// What only some formats ask for.
@@ -166,6 +180,12 @@ pub struct Extra<'a> {
     pub is_grpc: bool,
     /// What is known of the client's connection.
     pub connection: Option<&'a Connection>,
+    /// The number of that connection.
+    pub connection_id: Option<u64>,
+    /// What the line is about.
+    pub about: About,
+    /// The cluster's endpoints.
+    pub endpoints: &'a [Endpoint],
     /// The filter chain's name.
     pub chain: Option<&'a str>,
     /// What the endpoint speaks.
@@ -176,6 +196,18 @@ pub struct Extra<'a> {
     pub attempts: u32,
     /// Points in time.
     pub times: Times,
+}
+
+/// What a line is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum About {
+    /// Neither: a header's value.
+    #[default]
+    Nothing,
+    /// A request that has ended.
+    Request,
+    /// A TCP connection that has ended.
+    Connection,
 }
 
 /// Points in a request's time, from its begin.
@@ -192,13 +224,31 @@ pub struct Times {
 impl AccessLog {
     /// A log of lines in `format`, of what passes `filter`, to `sink`.
     pub fn new(format: Format, filter: Option<Filter>, sink: Arc<Sink>) -> Self {
-        Self { format, filter, sink }
+        let parts = format.parts();
+        let upstream_local =
+            |part: &&Part| matches!(part, Part::UpstreamLocal { .. } | Part::UpstreamLocalPort);
+        let asks = Asks {
+            upstream_local: parts.iter().any(upstream_local),
+            host_name: parts
+                .iter()
+                .any(|part| matches!(part, Part::UpstreamHostName { .. })),
+        };
+        Self {
+            format,
+            filter,
+            sink,
+            asks,
+        }
     }
 
     /// Whether [`Extra::upstream_local`] is wanted, which costs a system call.
     pub fn asks_for_upstream_local(&self) -> bool {
-        let asks = |part: &&Part| matches!(part, Part::UpstreamLocal { .. } | Part::UpstreamLocalPort);
-        self.format.parts().iter().any(asks)
+        self.asks.upstream_local
+    }
+
+    /// Whether [`Extra::endpoints`] are wanted, for which a request's cluster is looked up once more.
+    pub fn asks_for_host_name(&self) -> bool {
+        self.asks.host_name
     }
 
     /// Renders one line into the worker's buffer.
@@ -510,6 +560,8 @@ mod tests {
             cluster: Some("c"),
             route: None,
             remote: "10.0.0.1:5".parse().unwrap(),
+            direct_remote: "10.0.0.1:5".parse().unwrap(),
+            direct_local: "10.0.0.2:80".parse().unwrap(),
             local: "[::1]:80".parse().unwrap(),
             ingress: IngressPort::new(3),
             extra: Extra::default(),

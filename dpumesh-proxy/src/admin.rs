@@ -26,7 +26,7 @@ use crate::http1::reply;
 use crate::levels;
 use crate::program::{Refused, Shared, State};
 use crate::stats::{self, Kind, Shard};
-use crate::tls::secrets::Listed;
+use crate::tls::secrets::{Listed, Secrets as _};
 
 const LARGEST_HEAD: usize = 16 * 1024;
 

@@ -29,6 +29,7 @@ pub mod jwt;
 pub mod levels;
 pub mod listener;
 pub mod program;
+pub mod proxy_protocol;
 pub mod ratelimit;
 pub mod rbac;
 pub mod route;

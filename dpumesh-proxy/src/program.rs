@@ -27,6 +27,7 @@ use crate::config::ConfigError;
 use crate::config::ads;
 use crate::config::files::Files;
 use crate::config::model::Config;
+use crate::config::secret_files::SecretFiles;
 use crate::health::keeper::Keeper;
 use crate::health::prober::Surroundings;
 use crate::health::{Report, Reporter};
@@ -215,7 +216,7 @@ pub struct Shared {
     /// Access log sinks.
     pub sinks: Sinks,
     /// Keys, chains and roots.
-    pub secrets: Arc<dyn Secrets>,
+    pub(crate) secrets: Arc<SecretFiles>,
     /// What it was started with.
     pub options: Options,
     /// When it was started.
@@ -315,6 +316,7 @@ impl Proxy {
             .secrets
             .clone()
             .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
+        let secrets = Arc::new(SecretFiles::over(secrets));
         let (quit, quits) = mpsc::unbounded_channel();
         let (reports, reported) = mpsc::unbounded_channel();
         let (stop, stops) = mpsc::unbounded_channel();
@@ -346,11 +348,14 @@ impl Proxy {
             workers,
             keeper: Keeper::new(Surroundings {
                 netns: shared.options.stack_netns.clone(),
-                secrets: Arc::clone(&shared.secrets),
+                secrets: Arc::<SecretFiles>::clone(&shared.secrets),
                 reports: shared.reports.clone(),
             }),
         };
         control.apply_first()?;
+        shared
+            .secrets
+            .look(&mut |file, outcome| note(&mut lock(&shared.refused), file, outcome));
         if ads.is_none() {
             shared.state.store(State::Live as u8, Ordering::Release);
         }
@@ -448,7 +453,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             commands: receiver,
             stack_netns: shared.options.stack_netns.clone(),
             registry: Arc::clone(&shared.registry),
-            secrets: Arc::clone(&shared.secrets),
+            secrets: Arc::<SecretFiles>::clone(&shared.secrets),
             reports: shared.reports.clone(),
             closing: Arc::clone(&shared.closing),
             ready: ready.clone(),
@@ -575,16 +580,10 @@ impl Control {
         let current = shared.config.load_full();
         let mut accept = |config: Config| take(shared, workers, config);
         let mut refused = lock(&shared.refused).clone();
-        let mut tell = |file: &str, outcome: Result<(), ConfigError>| match outcome {
-            Ok(()) => drop(refused.remove(file)),
-            Err(error) => {
-                tracing::warn!(%error, "update refused; the last good one stays");
-                let at = SystemTime::now();
-                refused.insert(file.to_owned(), Refused { at, error });
-            }
-        };
+        let mut tell = |file: &str, outcome| note(&mut refused, file, outcome);
         files.reload(&shared.registry, &shared.sinks, &current, &mut accept, &mut tell);
-        refused.retain(|file, _| files.reads(file));
+        shared.secrets.look(&mut tell);
+        refused.retain(|file, _| files.reads(file) || shared.secrets.reads(file));
         *lock(&shared.refused) = refused;
         self.keep_health();
     }
@@ -636,6 +635,18 @@ impl Control {
             }
         }
         shared.sinks.settle();
+    }
+}
+
+/// Remembers why a file was refused, or that it is not any more.
+fn note(refused: &mut BTreeMap<String, Refused>, file: &str, outcome: Result<(), ConfigError>) {
+    match outcome {
+        Ok(()) => drop(refused.remove(file)),
+        Err(error) => {
+            tracing::warn!(%error, "update refused; the last good one stays");
+            let at = SystemTime::now();
+            refused.insert(file.to_owned(), Refused { at, error });
+        }
     }
 }
 

@@ -34,7 +34,9 @@ pub struct Connection<'a> {
     pub peer: Option<&'a PeerIdentity>,
     /// The socket's other end.
     pub direct_remote: SocketAddr,
-    /// Who the request says it comes from (`x-forwarded-for`), where that is believed; else as `direct_remote`.
+    /// The same, or whom a PROXY header names.
+    pub source: SocketAddr,
+    /// Who the request says it comes from (`x-forwarded-for`), where that is believed; else as `source`.
     pub remote: IpAddr,
     /// The address the client meant.
     pub destination: SocketAddr,
@@ -124,6 +126,8 @@ pub enum Rule {
     Authenticated(Option<Text>),
     /// The socket's other end.
     DirectRemoteIp(IpNet),
+    /// The same, or whom a PROXY header names.
+    SourceIp(IpNet),
     /// Where the request says it comes from.
     RemoteIp(IpNet),
     /// A claim of a verified token: its path, and the rule.
@@ -232,6 +236,7 @@ impl Rule {
                 .peer
                 .is_some_and(|peer| name.as_ref().is_none_or(|name| is_named(peer, name))),
             Self::DirectRemoteIp(net) => inside(net, connection.direct_remote.ip()),
+            Self::SourceIp(net) => inside(net, connection.source.ip()),
             Self::RemoteIp(net) => inside(net, connection.remote),
             Self::Claim(path, rule) => {
                 let claim = connection.claims.and_then(|claims| claims.get(path));
@@ -267,7 +272,8 @@ impl<'a> Connection<'a> {
     pub fn of(peer: &'a Peer) -> Self {
         Self {
             peer: peer.connection.peer.as_deref(),
-            direct_remote: peer.remote,
+            direct_remote: peer.direct_remote,
+            source: peer.remote,
             remote: peer.remote.ip(),
             destination: peer.local,
             server_name: peer.connection.server_name.as_deref().unwrap_or("").as_bytes(),
@@ -313,6 +319,7 @@ mod tests {
         Connection {
             peer,
             direct_remote: "[::ffff:10.0.0.1]:5".parse().unwrap(),
+            source: "198.51.100.1:6".parse().unwrap(),
             remote: "192.0.2.1".parse().unwrap(),
             destination: "10.0.0.2:8080".parse().unwrap(),
             server_name: b"sni.example",

@@ -297,6 +297,23 @@ members! {
 }
 
 members! {
+    /// `proxy_proto.*`, `proxy_proto.PREFIX.*`: PROXY headers that listeners take off.
+    ProxyProtocol {
+        NotFoundAllowed = "not_found_allowed" Counter,
+        NotFoundDisallowed = "not_found_disallowed" Counter,
+    }
+}
+
+members! {
+    /// `proxy_proto.versions.v1.*`, `proxy_proto.versions.v2.*`: the same by version.
+    ProxyProtocolVersion {
+        Found = "found" Counter,
+        Disallowed = "disallowed" Counter,
+        Error = "error" Counter,
+    }
+}
+
+members! {
     /// `control_plane.*`: the aggregated stream.
     ControlPlane {
         Connected = "connected_state" Gauge,
@@ -650,6 +667,20 @@ fn prometheus_name(scope: &str, member: &str) -> (String, String) {
             );
         }
     }
+    if let Some(rest) = scope
+        .strip_prefix("proxy_proto")
+        .filter(|r| r.is_empty() || r.starts_with('.'))
+    {
+        let (prefix, version) = rest.split_once(".versions.v").unwrap_or((rest, ""));
+        let prefix = prefix.trim_start_matches('.');
+        let labels = [
+            ("envoy_proxy_protocol_prefix", prefix),
+            ("envoy_proxy_protocol_version", version),
+        ];
+        let given = labels.iter().filter(|(_, value)| !value.is_empty());
+        let labels: Vec<String> = given.map(|(key, value)| label(key, value)).collect();
+        return class("envoy_proxy_proto", labels.join(","));
+    }
     if let Some(address) = scope
         .strip_prefix("listener.")
         .and_then(|address| address.strip_suffix(".ssl"))
@@ -737,6 +768,17 @@ mod tests {
                 "envoy_response_code_class=\"2\",envoy_http_conn_manager_prefix=\"in\"".to_owned()
             )
         );
+        for (scope, labels) in [
+            ("proxy_proto", ""),
+            ("proxy_proto.versions.v1", "envoy_proxy_protocol_version=\"1\""),
+            (
+                "proxy_proto.edge.versions.v2",
+                "envoy_proxy_protocol_prefix=\"edge\",envoy_proxy_protocol_version=\"2\"",
+            ),
+        ] {
+            let wanted = ("envoy_proxy_proto_found".to_owned(), labels.to_owned());
+            assert_eq!(name(scope, "found"), wanted);
+        }
         assert_eq!(name("cluster.a|b", "x").1, name("cluster.a|b.ssl", "handshake").1,);
         assert_eq!(
             name("listener.in.ssl", "handshake"),

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 
-use crate::access_log::{Besides, Extra, Record};
+use crate::access_log::{About, Besides, Extra, Record};
 use crate::alarm::{Alarm, earlier};
 use crate::balance::{Ask, policy};
 use crate::config::model::{TcpProxy, Terminal};
@@ -147,11 +147,16 @@ pub(crate) async fn relay(
         cluster: Some(&target.name),
         route: None,
         remote: peer.remote,
+        direct_remote: peer.direct_remote,
         local: peer.local,
+        direct_local: peer.direct_local,
         ingress: peer.ingress,
         extra: Extra {
             server_name: peer.connection.server_name.as_deref(),
             connection: Some(&peer.connection),
+            connection_id: Some(peer.id),
+            about: About::Connection,
+            endpoints: lane.map_or(&[], |l| &l.cluster.endpoints),
             chain: Some(&place.chain.name),
             upstream_peer: principal.as_deref(),
             ..Extra::default()
@@ -232,11 +237,16 @@ pub(crate) fn log_refused(worker: &Worker, terminal: &Terminal, peer: &Peer, det
         cluster: None,
         route: None,
         remote: peer.remote,
+        direct_remote: peer.direct_remote,
         local: peer.local,
+        direct_local: peer.direct_local,
         ingress: peer.ingress,
         extra: Extra {
             termination: Some(details),
             server_name: peer.connection.server_name.as_deref(),
+            connection: Some(&peer.connection),
+            connection_id: Some(peer.id),
+            about: About::Connection,
             ..Extra::default()
         },
     };

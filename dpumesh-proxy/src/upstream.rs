@@ -3,7 +3,7 @@
 //! A [`Lane`] is one worker's share of a cluster; nothing in it is shared with other workers but the counters. It is
 //! rebuilt with each configuration, keeping what concerns unchanged endpoints. Pools are keyed by endpoint and, where
 //! connections leave with the client's address, by that address too; with TLS also by whose certificate is shown and by the
-//! application protocols offered, so that no pod's request travels as another's.
+//! application protocols offered, and with a PROXY header by what it says, so that no request travels as another's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use dpumesh_hw::stream::kernel::{self, Origin};
 use socket2::SockRef;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -26,6 +27,8 @@ use crate::http2;
 use crate::http2::call::Call;
 use crate::http2::pool::{Pool, Terms};
 use crate::istio::Workload;
+use crate::proxy_protocol::Outbound;
+use crate::proxy_protocol::outbound::Told;
 use crate::route::upgrade::Tunnel;
 use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
 use crate::tls::{self, ClientContext, Protocols, Secrets, Stream};
@@ -65,6 +68,8 @@ pub struct EndpointLane {
     pub address: SocketAddr,
     /// TLS to it; `None` for plain TCP.
     pub tls: Option<Arc<ClientContext>>,
+    /// The PROXY header that its connections begin with.
+    pub header: Option<Arc<Outbound>>,
     /// Who serves there.
     pub workload: Option<Arc<Workload>>,
     active: Cell<u32>,
@@ -83,6 +88,8 @@ struct Key {
     certificate: Option<Arc<str>>,
     /// What they offer instead of the cluster's own protocols.
     protocols: Option<Protocols>,
+    /// What their PROXY header says.
+    told: Option<Told>,
 }
 
 /// Wakes requests that wait for a connection.
@@ -191,13 +198,19 @@ impl Lane {
             } else {
                 known.get(&address).map(Rc::clone)
             };
-            let old = old.filter(|old| same_transport(old.tls.as_ref(), tls) && old.workload == e.workload);
-            old.unwrap_or_else(|| Rc::new(EndpointLane::new(address, tls.cloned(), e.workload.clone())))
+            let old = old.filter(|old| {
+                same_transport(old.tls.as_ref(), tls) && old.header == e.header && old.workload == e.workload
+            });
+            old.unwrap_or_else(|| {
+                let way = (tls.cloned(), e.header.clone());
+                Rc::new(EndpointLane::new(address, way, e.workload.clone()))
+            })
         };
         let endpoints = cluster.endpoints.iter().map(endpoint).collect();
         let originals = match before {
             Some(lane)
                 if cluster.kind == ClusterKind::OriginalDst
+                    && lane.cluster.header == cluster.header
                     && same_transport(lane.cluster.tls.as_ref(), cluster.tls.as_ref()) =>
             {
                 lane.originals.take()
@@ -221,9 +234,10 @@ impl Lane {
 
     fn original(&self, address: SocketAddr) -> Rc<EndpointLane> {
         let mut originals = self.originals.borrow_mut();
+        let way = || (self.cluster.tls.clone(), self.cluster.header.clone());
         let endpoint = originals
             .entry(address)
-            .or_insert_with(|| Rc::new(EndpointLane::new(address, self.cluster.tls.clone(), None)));
+            .or_insert_with(|| Rc::new(EndpointLane::new(address, way(), None)));
         Rc::clone(endpoint)
     }
 
@@ -390,9 +404,12 @@ impl Lane {
         Err(failure)
     }
 
-    /// TCP, and TLS over it where the endpoint has it.
+    /// TCP, a PROXY header and TLS where the endpoint has them.
     async fn open(&self, endpoint: &EndpointLane, peer: &Peer) -> io::Result<Stream> {
-        let socket = kernel::connect(endpoint.address, peer.source).await?;
+        let mut socket = kernel::connect(endpoint.address, peer.source).await?;
+        if let Some(header) = &endpoint.header {
+            socket.write_all(&header.header(peer)).await?;
+        }
         let Some(tls) = &endpoint.tls else {
             return Ok(Stream::Plain(socket));
         };
@@ -524,10 +541,15 @@ impl Drop for Waiting<'_> {
 }
 
 impl EndpointLane {
-    fn new(address: SocketAddr, tls: Option<Arc<ClientContext>>, workload: Option<Arc<Workload>>) -> Self {
+    fn new(
+        address: SocketAddr,
+        (tls, header): (Option<Arc<ClientContext>>, Option<Arc<Outbound>>),
+        workload: Option<Arc<Workload>>,
+    ) -> Self {
         Self {
             address,
             tls,
+            header,
             workload,
             active: Cell::new(0),
             idle: RefCell::default(),
@@ -549,13 +571,15 @@ impl EndpointLane {
             certificate = peer.connection.certificate.as_ref().filter(|_| tls.by_pod());
             protocols = peer.protocols.as_ref();
         }
-        if peer.source.is_none() && certificate.is_none() && protocols.is_none() {
+        let told = self.header.as_ref().map(|header| header.tells(peer));
+        if peer.source.is_none() && certificate.is_none() && protocols.is_none() && told.is_none() {
             return None;
         }
         Some(Key {
             source: peer.source,
             certificate: certificate.map(Arc::clone),
             protocols: protocols.cloned(),
+            told,
         })
     }
 

@@ -9,6 +9,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, LocalSet};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::access_log::Lines;
 use crate::closing::{Closing, Which};
@@ -33,11 +34,15 @@ use crate::http1::{self, buffer::Buffer};
 use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
+use crate::proxy_protocol::inbound::Said;
 use crate::rbac;
 use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
 use crate::tls::{Connection, Protocols, Secrets, Stream};
 use crate::upstream::Lane;
+
+/// The number of the next connection of a client.
+static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(0);
 
 /// Spare sets of buffers a worker keeps.
 const SPARE_BUFFERS: usize = 256;
@@ -187,10 +192,18 @@ impl Place {
 /// The two ends of a client connection.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// The client.
+    /// The connection's number in this process.
+    pub id: u64,
+    /// The client: the socket's other end, or whom a PROXY header names.
     pub remote: SocketAddr,
-    /// The address it meant.
+    /// The socket's other end.
+    pub direct_remote: SocketAddr,
+    /// The address the client meant, by a PROXY header too.
     pub local: SocketAddr,
+    /// The socket's own address.
+    pub direct_local: SocketAddr,
+    /// The TLVs of a PROXY header that endpoints may be told.
+    pub tlvs: Option<Arc<[u8]>>,
     /// What upstream connections are bound to.
     pub source: Option<Origin>,
     /// The dataplane's port that the connection came in by, for a transparent listener in a stack namespace. The only
@@ -572,22 +585,35 @@ async fn connection(
     program: Rc<Program>,
     listener: Arc<Listener>,
     stream: TcpStream,
-    remote: SocketAddr,
+    direct_remote: SocketAddr,
 ) {
     let worker = Rc::clone(&entry.worker);
-    let Ok(mut local) = stream.local_addr() else {
+    let accepted = Instant::now();
+    let Ok(direct_local) = stream.local_addr() else {
         return;
     };
+    let mut local = direct_local;
     if listener.original_dst {
         local = kernel::original_destination(&stream, local);
     }
     let (stats, shard) = (Arc::clone(&listener.stats), worker.shard);
     stats.inc(shard, stats::Listener::CxTotal);
-    let Some(seen) = first_octets(&worker, &entry, &listener, &stream, local.port()).await else {
+    let until = listener.inspectors.until();
+    let said = proxy_header(&worker, &entry, &listener, &stream, until).await;
+    let Some(Said { ends, tlvs }) = said else {
+        return;
+    };
+    let mut remote = direct_remote;
+    if let Some(ends) = ends {
+        (remote, local) = (ends.source, ends.destination);
+    }
+    let seen = first_octets(&worker, &entry, &listener, &stream, (local.port(), until)).await;
+    let Some(seen) = seen else {
         return;
     };
     let facts = Facts {
         source: remote,
+        direct: direct_remote,
         destination: local,
         seen: &seen,
     };
@@ -600,13 +626,17 @@ async fn connection(
     if !chain.rates.iter().all(|rate| rate.admits(now, shard)) {
         return;
     }
-    let Some((stream, connection)) = terminate(&worker, &chain, stream, &seen).await else {
+    let Some((stream, connection)) = terminate(&worker, &chain, stream, (&seen, accepted)).await else {
         return;
     };
     let terminal = chain.terminal.clone();
     let peer = Peer {
+        id: NEXT_CONNECTION.fetch_add(1, Relaxed),
         remote,
+        direct_remote,
         local,
+        direct_local,
+        tlvs,
         source: listener.original_src.map(|o| Origin {
             ip: remote.ip(),
             mark: o.mark,
@@ -638,18 +668,50 @@ async fn connection(
     stats.record_since(shard, stats::Listener::CxLength, begun);
 }
 
+/// Takes a PROXY header off the connection, where the listener has them; `None` where the connection is refused or ends meanwhile.
+async fn proxy_header(
+    worker: &Worker,
+    entry: &Entry,
+    listener: &Listener,
+    stream: &TcpStream,
+    until: Option<Instant>,
+) -> Option<Said> {
+    let Some(filter) = &listener.proxy_protocol else {
+        return Some(Said::default());
+    };
+    let take = async {
+        let take = filter.take(stream, worker.shard);
+        match until {
+            Some(until) => timeout_at(until, take).await.map_err(drop),
+            None => Ok(take.await),
+        }
+    };
+    match until_drained(worker, entry, std::pin::pin!(take)).await? {
+        Ok(said) => said.ok()?,
+        Err(()) => timed_out(worker, listener).then(Said::default),
+    }
+}
+
+/// Counts a connection that said too little in time, and whether it goes on as it is.
+fn timed_out(worker: &Worker, listener: &Listener) -> bool {
+    if !listener.inspectors.goes_on {
+        listener.stats.inc(worker.shard, stats::Listener::PreCxTimeout);
+    }
+    listener.inspectors.goes_on
+}
+
 /// What the connection's first octets say, where the listener looks at them; `None` where it ends meanwhile.
 async fn first_octets(
     worker: &Worker,
     entry: &Entry,
     listener: &Listener,
     stream: &TcpStream,
-    port: u16,
+    (port, until): (u16, Option<Instant>),
 ) -> Option<Seen> {
     if !listener.inspectors.look_at(port) {
         return Some(Seen::default());
     }
-    let look = std::pin::pin!(listener.inspectors.look(stream, port));
+    let look = std::pin::pin!(listener.inspectors.look(stream, port, until));
     let looked = until_drained(worker, entry, look).await?;
     match looked {
         Ok(seen) => Some(seen),
@@ -681,7 +743,7 @@ async fn terminate(
     worker: &Worker,
     chain: &FilterChain,
     socket: TcpStream,
-    seen: &Seen,
+    (seen, accepted): (&Seen, Instant),
 ) -> Option<(Stream, Arc<Connection>)> {
     let shard = worker.shard;
     let Some(tls) = &chain.tls else {
@@ -702,6 +764,7 @@ async fn terminate(
     match tls.accept(&*worker.secrets, socket, &mut known).await {
         Ok(stream) => {
             tls.stats.inc(shard, stats::Ssl::Handshake);
+            known.agreed.took = Some(accepted.elapsed());
             if known.peer.is_none() {
                 tls.stats.inc(shard, stats::Ssl::NoCertificate);
             }

@@ -27,7 +27,8 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// `%START_TIME(FORMAT)%`: strftime's conversions, `%f` for nanoseconds, `%3f` for that many digits of the second's fraction.
+/// `%START_TIME(FORMAT)%`: strftime's conversions in the C locale, `%f` for nanoseconds, `%3f` for that many digits of the second's
+/// fraction, and what the time library of Envoy adds: `%Ez`, `%:z`, `%E3S`, `%E*S`, `%E4Y`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TimeFormat(Vec<Step>);
 
@@ -38,6 +39,10 @@ enum Step {
     Field(char),
     /// So many digits of the second's fraction.
     Fraction(u32),
+    /// The second with so many digits of its fraction.
+    Second(u32),
+    /// The second with its fraction, without zeros at the end.
+    WholeSecond,
 }
 
 impl TimeFormat {
@@ -52,13 +57,24 @@ impl TimeFormat {
                 text.push(next);
                 continue;
             }
-            let unknown = || format!("%START_TIME({format})% has a conversion that is not supported yet");
+            let unknown = || format!("the time format {format:?} has a conversion that is not supported yet");
             let step = match rest.next().ok_or_else(unknown)? {
                 '%' => {
                     text.push('%');
                     continue;
                 }
-                field if "YymdeHIMSpjaAbBhDFTRszZ".contains(field) => Step::Field(field),
+                field if "YymdeHIMSpjaAbBhDFTRszZcxXklUWVGguwCrP".contains(field) => Step::Field(field),
+                ':' if rest.next() == Some('z') => Step::Text("+00:00".to_owned()),
+                'E' => match rest.next() {
+                    Some('z') => Step::Text("+00:00".to_owned()),
+                    Some('*') if rest.next() == Some('S') => Step::WholeSecond,
+                    Some('4') if rest.next() == Some('Y') => Step::Field('Y'),
+                    Some(digits @ '1'..='9') if rest.clone().next() == Some('S') => {
+                        rest.next();
+                        Step::Second(digits.to_digit(10).unwrap_or(9))
+                    }
+                    _ => return Err(unknown()),
+                },
                 'f' => Step::Fraction(9),
                 digits @ '1'..='9' if rest.next() == Some('f') => {
                     Step::Fraction(digits.to_digit(10).unwrap_or(9))
@@ -87,6 +103,24 @@ impl TimeFormat {
                         width = usize::try_from(*digits).unwrap_or(9)
                     );
                 }
+                Step::Second(digits) => {
+                    write_field('S', since, out);
+                    out.push(b'.');
+                    let value = since.subsec_nanos() / 10u32.pow(9 - digits);
+                    let width = usize::try_from(*digits).unwrap_or(9);
+                    let _ = write!(out, "{value:0width$}");
+                }
+                Step::WholeSecond => {
+                    write_field('S', since, out);
+                    if since.subsec_nanos() > 0 {
+                        let _ = write!(out, ".{:09}", since.subsec_nanos());
+                        let end = out
+                            .iter()
+                            .rposition(|digit| *digit != b'0')
+                            .map_or(0, |at| at + 1);
+                        out.truncate(end);
+                    }
+                }
                 Step::Field(field) => write_field(*field, since, out),
             }
         }
@@ -99,6 +133,7 @@ fn write_field(field: char, since: Duration, out: &mut Vec<u8>) {
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     let twelve = (hour + 11) % 12 + 1;
     let name = |all: &'static [&'static str], at: u64| all[usize::try_from(at).unwrap_or_default()];
+    let of_year = days - days_until(year);
     let (weekday, month_name) = (name(&DAYS, days % 7), name(&MONTHS, month - 1));
     let _ = match field {
         'Y' => write!(out, "{year:04}"),
@@ -121,9 +156,45 @@ fn write_field(field: char, since: Duration, out: &mut Vec<u8>) {
         'T' => write!(out, "{hour:02}:{minute:02}:{second:02}"),
         'R' => write!(out, "{hour:02}:{minute:02}"),
         's' => write!(out, "{}", since.as_secs()),
+        'k' => write!(out, "{hour:2}"),
+        'l' => write!(out, "{twelve:2}"),
+        'P' => write!(out, "{}", if hour < 12 { "am" } else { "pm" }),
+        'C' => write!(out, "{:02}", year / 100),
+        'u' => write!(out, "{}", (days + 3) % 7 + 1),
+        'w' => write!(out, "{}", (days + 4) % 7),
+        'U' => write!(out, "{:02}", (of_year + 7 - (days + 4) % 7) / 7),
+        'W' => write!(out, "{:02}", (of_year + 7 - (days + 3) % 7) / 7),
+        'V' => write!(out, "{:02}", week(days).1),
+        'G' => write!(out, "{}", week(days).0),
+        'g' => write!(out, "{:02}", week(days).0 % 100),
+        'c' => return each("a b e T Y", since, out),
+        'x' => write!(out, "{month:02}/{day:02}/{:02}", year % 100),
+        'X' => write!(out, "{hour:02}:{minute:02}:{second:02}"),
+        'r' => write!(
+            out,
+            "{twelve:02}:{minute:02}:{second:02} {}",
+            if hour < 12 { "AM" } else { "PM" }
+        ),
         'z' => write!(out, "+0000"),
         _ => write!(out, "UTC"),
     };
+}
+
+/// Conversions with what is between them.
+fn each(fields: &str, since: Duration, out: &mut Vec<u8>) {
+    for field in fields.chars() {
+        match field {
+            ' ' => out.push(b' '),
+            field => write_field(field, since, out),
+        }
+    }
+}
+
+/// The year and the week of ISO 8601: weeks begin with Monday and belong to the year of their Thursday.
+fn week(days: u64) -> (u64, u64) {
+    let thursday = days + 3 - (days + 3) % 7;
+    let (year, ..) = civil(thursday);
+    (year, (thursday - days_until(year)) / 7 + 1)
 }
 
 /// `2026-11-22T15:36:48.833Z`
@@ -182,6 +253,20 @@ mod tests {
     }
 
     #[test]
+    fn weeks_are_those_of_iso_8601() {
+        for (at, wanted) in [
+            (0, (1970, 1)),
+            (3, (1970, 1)),
+            (4, (1970, 2)),
+            (18_628, (2020, 53)),
+            (18_631, (2021, 1)),
+            (16_433, (2015, 1)),
+        ] {
+            assert_eq!(week(at), wanted, "{at}");
+        }
+    }
+
+    #[test]
     fn conversions_are_strftimes() {
         let at = UNIX_EPOCH + Duration::new(1_795_361_808, 833_000_456);
         for (format, wanted) in [
@@ -195,13 +280,19 @@ mod tests {
                 "%F %T %R %D 100%% %Z",
                 "2026-11-22 15:36:48 15:36 11/22/26 100% UTC",
             ),
+            (
+                "%c|%x|%X|%r|%P",
+                "Sun Nov 22 15:36:48 2026|11/22/26|15:36:48|03:36:48 PM|pm",
+            ),
+            ("%k|%l|%C|%u|%w|%U|%W|%V|%G|%g", "15| 3|20|7|0|47|46|47|2026|26"),
+            ("%E3S|%E*S|%E4Y|%Ez|%:z", "48.833|48.833000456|2026|+00:00|+00:00"),
             ("", ""),
         ] {
             let mut out = Vec::new();
             TimeFormat::new(format).unwrap().write(at, &mut out);
             assert_eq!(String::from_utf8(out).unwrap(), wanted, "{format}");
         }
-        for bad in ["%", "%Q", "%3", "%3g"] {
+        for bad in ["%", "%Q", "%3", "%3g", "%E", "%EQ", "%E3", "%E*Y", "%:", "%L"] {
             assert!(TimeFormat::new(bad).is_err(), "{bad}");
         }
     }

@@ -301,6 +301,7 @@ mod tests {
                     eds: *eds,
                     locality,
                     tls: None,
+                    header: None,
                     hostname: String::new(),
                     metadata: Arc::default(),
                     check_port: None,

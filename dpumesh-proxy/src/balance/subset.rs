@@ -189,6 +189,7 @@ mod tests {
             eds: Eds::Healthy,
             locality: 0,
             tls: None,
+            header: None,
             hostname: String::new(),
             metadata: fields(metadata).into(),
             check_port: None,

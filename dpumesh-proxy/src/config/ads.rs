@@ -199,7 +199,7 @@ impl Change {
 }
 
 fn title(service: Service, name: &str) -> String {
-    format!("{} {name:?}", service.noun())
+    format!("{} {name:?}", service.kind().noun)
 }
 
 fn rejection(service: Service, name: &str, error: &ConfigError) -> Rejection {
@@ -215,7 +215,7 @@ fn item(service: Service, resource: &dpumesh_xds::discovery::Resource) -> Result
     let Some(any) = &resource.resource else {
         return Err(ConfigError::new("", "is empty"));
     };
-    let expected = service.resource();
+    let expected = service.kind().resource;
     let found = any.type_url.rsplit('/').next().unwrap_or_default();
     if found != expected {
         return Err(ConfigError::new(
@@ -228,10 +228,10 @@ fn item(service: Service, resource: &dpumesh_xds::discovery::Resource) -> Result
         .map_err(|e| ConfigError::new("", format!("not a valid {expected}: {e}")))?;
     support::check(&message, "")?;
     let at = At::new(message, "");
-    let name = at.text(service.name_field());
+    let name = at.text(service.kind().name_field);
     if name != resource.name {
         return Err(at.refuse(
-            service.name_field(),
+            service.kind().name_field,
             format!("{name:?} is not the resource's name {:?}", resource.name),
         ));
     }

@@ -308,12 +308,14 @@ pub(super) fn endpoints(
                 .unwrap_or_default()
                 .into();
             if seen.insert(address) {
+                let way = sockets.of_endpoint(&entry);
                 endpoints.push(Endpoint {
                     address,
                     weight,
                     eds,
                     locality: place,
-                    tls: sockets.of_endpoint(&entry),
+                    tls: way.tls,
+                    header: way.header,
                     hostname: endpoint.text("hostname"),
                     metadata: said,
                     check_port: check_port(&endpoint)?,

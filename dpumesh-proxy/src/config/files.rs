@@ -39,42 +39,62 @@ pub(super) enum Service {
     Eds,
 }
 
+/// What resources of one type are called.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// The message's name.
+    pub(super) resource: &'static str,
+    pub(super) noun: &'static str,
+    pub(super) name_field: &'static str,
+}
+
+const fn kind(resource: &'static str, noun: &'static str) -> Kind {
+    Kind {
+        resource,
+        noun,
+        name_field: "name",
+    }
+}
+
+/// Of a file that secrets come from.
+pub(super) const SECRETS: Kind = kind("envoy.extensions.transport_sockets.tls.v3.Secret", "secret");
+
 impl Service {
-    pub(super) fn resource(self) -> &'static str {
+    pub(super) fn kind(self) -> Kind {
         match self {
-            Self::Lds => "envoy.config.listener.v3.Listener",
-            Self::Cds => "envoy.config.cluster.v3.Cluster",
-            Self::Rds => "envoy.config.route.v3.RouteConfiguration",
-            Self::Eds => "envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Self::Lds => kind("envoy.config.listener.v3.Listener", "listener"),
+            Self::Cds => kind("envoy.config.cluster.v3.Cluster", "cluster"),
+            Self::Rds => kind("envoy.config.route.v3.RouteConfiguration", "route configuration"),
+            Self::Eds => Kind {
+                name_field: "cluster_name",
+                ..kind(
+                    "envoy.config.endpoint.v3.ClusterLoadAssignment",
+                    "endpoint assignment",
+                )
+            },
         }
-    }
-
-    pub(super) fn noun(self) -> &'static str {
-        match self {
-            Self::Lds => "listener",
-            Self::Cds => "cluster",
-            Self::Rds => "route configuration",
-            Self::Eds => "endpoint assignment",
-        }
-    }
-
-    pub(super) fn name_field(self) -> &'static str {
-        if self == Self::Eds { "cluster_name" } else { "name" }
     }
 }
 
 /// The content of an xDS file.
 #[derive(Debug, Clone)]
-struct Resources {
-    items: Vec<Arc<Item>>,
+pub(super) struct Resources {
+    pub(super) items: Vec<Arc<Item>>,
 }
 
 /// What tells one state of a file on disk from another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Stamp {
+pub(super) struct Stamp {
     modified: Option<SystemTime>,
     length: u64,
     inode: u64,
+}
+
+impl Stamp {
+    /// Another one says that the file was replaced and not written in place.
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
 }
 
 #[derive(Debug)]
@@ -172,7 +192,7 @@ impl Files {
                 return Ok(Resources::clone(resources));
             }
             let stamp = stamp(&file.path);
-            let resources = read_file(service, &file.path)?;
+            let resources = read_file(service.kind(), &file.path)?;
             fresh.insert(key, (stamp, resources.clone()));
             Ok(resources)
         };
@@ -345,7 +365,10 @@ impl Files {
         let mut fresh: HashMap<(Service, String), (Option<Stamp>, Resources)> = HashMap::new();
         for (service, path) in changed {
             let stamp = stamp(path);
-            fresh.insert((*service, path.clone()), (stamp, read_file(*service, path)?));
+            fresh.insert(
+                (*service, path.clone()),
+                (stamp, read_file(service.kind(), path)?),
+            );
         }
         let known = &self.known;
         let mut read = |service: Service, file: &WatchedFile| {
@@ -357,7 +380,7 @@ impl Files {
                 return Ok(known.good.clone());
             }
             let stamp = stamp(&file.path);
-            let resources = read_file(service, &file.path)?;
+            let resources = read_file(service.kind(), &file.path)?;
             fresh.insert(key, (stamp, resources.clone()));
             Ok(resources)
         };
@@ -393,7 +416,7 @@ impl Files {
     }
 }
 
-fn stamp(path: &str) -> Option<Stamp> {
+pub(super) fn stamp(path: &str) -> Option<Stamp> {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).ok()?;
     Some(Stamp {
@@ -446,17 +469,17 @@ fn count(registry: &Registry, config: &Config, service: Service, path: &str, goo
     }
 }
 
-fn read_file(service: Service, path: &str) -> Result<Resources> {
+pub(super) fn read_file(kind: Kind, path: &str) -> Result<Resources> {
     let text =
         std::fs::read_to_string(path).map_err(|e| ConfigError::new("", e.to_string()).in_file(path))?;
-    resources(service, path, &text).map_err(|e| e.in_file(path))
+    resources(kind, path, &text).map_err(|e| e.in_file(path))
 }
 
 /// Reads a `DiscoveryResponse`; a resource at fault is named.
-fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
+fn resources(kind: Kind, path: &str, text: &str) -> Result<Resources> {
     let value = text_to_value(Path::new(path), text)?;
     let message = value_to_message("envoy.service.discovery.v3.DiscoveryResponse", &value, "")
-        .map_err(|e| name_resource(e, service, &value))?;
+        .map_err(|e| name_resource(e, kind, &value))?;
     let response = At::new(message, "");
     let mut items = Vec::new();
     let mut names = HashSet::new();
@@ -469,19 +492,19 @@ fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
             };
             item = inner;
         }
-        if item.type_name() != service.resource() {
+        if item.type_name() != kind.resource {
             let found = item.type_name();
             return Err(ConfigError::new(
                 path,
-                format!("expected {}, found {found}", service.resource()),
+                format!("expected {}, found {found}", kind.resource),
             ));
         }
-        let name = item.text(service.name_field());
-        let resource = format!("{} {name:?}", service.noun());
+        let name = item.text(kind.name_field);
+        let resource = format!("{} {name:?}", kind.noun);
         support::check(&item.message, &item.path).map_err(|e| e.in_resource(&resource))?;
         if !names.insert(name) {
             return Err(item
-                .refuse(service.name_field(), "appears twice")
+                .refuse(kind.name_field, "appears twice")
                 .in_resource(resource));
         }
         items.push(item);
@@ -499,20 +522,20 @@ fn resources(service: Service, path: &str, text: &str) -> Result<Resources> {
 }
 
 /// Finds the name of the resource that an error's path points into.
-fn name_resource(error: ConfigError, service: Service, value: &serde_json::Value) -> ConfigError {
+fn name_resource(error: ConfigError, kind: Kind, value: &serde_json::Value) -> ConfigError {
     let index = error
         .path
         .strip_prefix("resources[")
         .and_then(|rest| rest.split(']').next()?.parse::<usize>().ok());
     let resource = index.and_then(|index| value.get("resources")?.get(index));
-    let camel = if service == Service::Eds {
+    let camel = if kind.name_field == "cluster_name" {
         "clusterName"
     } else {
         "name"
     };
-    let name = resource.and_then(|r| r.get(service.name_field()).or_else(|| r.get(camel))?.as_str());
+    let name = resource.and_then(|r| r.get(kind.name_field).or_else(|| r.get(camel))?.as_str());
     match name {
-        Some(name) => error.in_resource(format!("{} {name:?}", service.noun())),
+        Some(name) => error.in_resource(format!("{} {name:?}", kind.noun)),
         None => error,
     }
 }

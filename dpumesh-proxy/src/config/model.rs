@@ -23,6 +23,7 @@ use crate::http1::policy::HttpPolicy;
 use crate::http2;
 use crate::istio::{Pod, Pods, Workload};
 use crate::listener::{Facts, Inspectors, Matcher, Transport};
+use crate::proxy_protocol::{Inbound, Outbound};
 use crate::route::RouteTable;
 use crate::stats::{self, Scope, Shard};
 use crate::tls::{ClientContext, ServerContext};
@@ -130,6 +131,8 @@ pub struct Listener {
     pub original_dst: bool,
     /// `envoy.filters.listener.original_src`: upstream connections leave with the client's address.
     pub original_src: Option<OriginalSrc>,
+    /// `envoy.filters.listener.proxy_protocol`: connections begin with a PROXY header.
+    pub proxy_protocol: Option<Inbound>,
     /// Which connections are looked into before their chain is chosen.
     pub inspectors: Inspectors,
     /// `filter_chain_matcher`: leads to the index of a chain, instead of the chains' own matches.
@@ -332,6 +335,8 @@ pub struct Cluster {
     pub check: Option<(Check, Arc<Scope>)>,
     /// TLS to addresses that are no endpoint of the list (original destinations).
     pub tls: Option<Arc<ClientContext>>,
+    /// The PROXY header that they get.
+    pub header: Option<Arc<Outbound>>,
     /// `cluster.NAME.*`
     pub stats: Arc<Scope>,
     /// What its endpoints speak.
@@ -383,6 +388,8 @@ pub struct Http2 {
     pub connection_window: u32,
     /// PINGs that find a dead connection.
     pub keepalive: Option<http2::keepalive::Settings>,
+    /// Clients may ask for tunnels, with `:protocol` too (RFC 8441).
+    pub connect: bool,
 }
 
 impl Default for Http2 {
@@ -392,6 +399,7 @@ impl Default for Http2 {
             stream_window: http2::STREAM_WINDOW,
             connection_window: http2::CONNECTION_WINDOW,
             keepalive: None,
+            connect: false,
         }
     }
 }
@@ -503,6 +511,8 @@ pub struct Endpoint {
     pub locality: u32,
     /// TLS to it; `None` for plain TCP.
     pub tls: Option<Arc<ClientContext>>,
+    /// The PROXY header that its connections begin with.
+    pub header: Option<Arc<Outbound>>,
     /// Its name, often empty.
     pub hostname: String,
     /// What subsets go by (`envoy.lb`): keys in order, values as JSON.
@@ -532,6 +542,7 @@ impl PartialEq for Endpoint {
                 e.eds,
                 e.locality,
                 tls,
+                e.header.clone(),
                 Arc::clone(&e.metadata),
                 e.workload.clone(),
             )

@@ -170,9 +170,9 @@ fn principal(at: &At) -> Result<Rule> {
     if let Some(ip) = at.message("direct_remote_ip") {
         return Ok(Rule::DirectRemoteIp(cidr(&ip)?));
     }
-    // The deprecated one is the socket's address as well, in Envoy as here.
+    // The deprecated one is the connection's, which a PROXY header changes, in Envoy as here.
     if let Some(ip) = at.message("source_ip") {
-        return Ok(Rule::DirectRemoteIp(cidr(&ip)?));
+        return Ok(Rule::SourceIp(cidr(&ip)?));
     }
     if let Some(ip) = at.message("remote_ip") {
         return Ok(Rule::RemoteIp(cidr(&ip)?));

@@ -113,6 +113,28 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         &[],
     ),
     (
+        "envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol",
+        &[
+            "allow_requests_without_proxy_protocol",
+            "pass_through_tlvs",
+            "disallowed_versions",
+            "stat_prefix",
+        ],
+    ),
+    (
+        "envoy.config.core.v3.ProxyProtocolPassThroughTLVs",
+        &["match_type", "tlv_type"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.proxy_protocol.v3.ProxyProtocolUpstreamTransport",
+        &["config", "transport_socket"],
+    ),
+    (
+        "envoy.config.core.v3.ProxyProtocolConfig",
+        &["version", "pass_through_tlvs", "added_tlvs"],
+    ),
+    ("envoy.config.core.v3.TlvEntry", &["type", "value"]),
+    (
         "envoy.extensions.filters.listener.original_src.v3.OriginalSrc",
         &["mark"],
     ),
@@ -1098,6 +1120,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "initial_stream_window_size",
             "initial_connection_window_size",
             "connection_keepalive",
+            "allow_connect",
         ],
     ),
     (

@@ -26,11 +26,12 @@ use super::model::{
 use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
-use super::{balancing, health, translate_matcher, translate_route};
+use super::{balancing, health, proxy_protocol, translate_matcher, translate_route};
 use crate::access_log::Sinks;
 use crate::balance::{Current, Picker};
 use crate::http2::keepalive;
 use crate::listener::{Inspectors, Matcher, Transport};
+use crate::proxy_protocol::{Inbound, Outbound};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
 use crate::tls::ClientContext;
@@ -169,7 +170,7 @@ impl Context<'_> {
         let name = Some(at.text("name"))
             .filter(|n| !n.is_empty())
             .unwrap_or_else(|| addresses[0].to_string());
-        let (original_dst, original_src, inspectors) = listener_filters(at)?;
+        let (original_dst, original_src, proxy_protocol, inspectors) = listener_filters(at, self.registry)?;
         let chain_messages = at.messages("filter_chains");
         let default_chain = at.message("default_filter_chain");
         if chain_messages.is_empty() && default_chain.is_none() {
@@ -213,6 +214,7 @@ impl Context<'_> {
             fingerprint: fingerprint(at),
             frame: frame(at),
             stats: self.registry.scope(&scope, stats::Listener::TABLE),
+            proxy_protocol,
             inspectors,
             matcher,
             name,
@@ -480,7 +482,8 @@ impl Context<'_> {
         }
         Ok(Arc::new(Cluster {
             stats: self.registry.scope(&scope, stats::Cluster::TABLE),
-            tls: sockets.of(&[]),
+            tls: sockets.of(&[]).tls,
+            header: sockets.of(&[]).header,
             service: istio::service(at),
             workloads: istio::workloads(at, &self.registry.istio)?,
             name,
@@ -604,6 +607,11 @@ pub(super) fn plain_format(value: &At) -> Result<String> {
     Ok(text.replace("%%", "%"))
 }
 
+const ORIGINAL_DST: &str = "envoy.extensions.filters.listener.original_dst.v3.OriginalDst";
+
+/// `original_dst`, `original_src`, `proxy_protocol`, and the inspectors.
+type ListenerFilters = (bool, Option<OriginalSrc>, Option<Inbound>, Inspectors);
+
 /// Whether a chain may agree on HTTP/2 in TLS.
 fn speaks_http2(terminal: &Terminal) -> bool {
     match terminal {
@@ -650,8 +658,8 @@ fn chain_tree(at: &At, tree: &At, chains: &[At]) -> Result<Matcher<usize>> {
     translate_matcher::matcher(tree, &names)
 }
 
-fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>, Inspectors)> {
-    let (mut original_dst, mut original_src) = (false, None);
+fn listener_filters(at: &At, registry: &Registry) -> Result<ListenerFilters> {
+    let (mut original_dst, mut original_src, mut proxy_header) = (false, None, None);
     let mut inspectors = Inspectors {
         timeout: Some(
             at.duration("listener_filters_timeout")?
@@ -678,12 +686,36 @@ fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>, Inspectors)> 
             inspectors.http = Some(translate_matcher::disabled(&filter)?);
             continue;
         }
+        if kind.as_deref() == Some(proxy_protocol::LISTENER_FILTER)
+            || (kind.is_none() && inspects("proxy_protocol"))
+        {
+            if filter.has("filter_disabled") {
+                return Err(filter.refuse("filter_disabled", "goes with inspectors only"));
+            }
+            // Each filter sees what the ones before it left.
+            if proxy_header.is_some()
+                || original_src.is_some()
+                || inspectors.tls.is_some()
+                || inspectors.http.is_some()
+            {
+                return Err(filter.refuse(
+                    "",
+                    "proxy_protocol must stand once, before original_src and inspectors",
+                ));
+            }
+            proxy_header = Some(proxy_protocol::inbound(config.as_ref(), registry)?);
+            continue;
+        }
         if filter.has("filter_disabled") {
             return Err(filter.refuse("filter_disabled", "goes with inspectors only"));
         }
+        let is_original_dst =
+            kind.as_deref() == Some(ORIGINAL_DST) || (kind.is_none() && inspects("original_dst"));
+        if is_original_dst && proxy_header.is_some() {
+            return Err(filter.refuse("", "original_dst must stand before proxy_protocol"));
+        }
         match (kind.as_deref(), name.as_str()) {
-            (Some("envoy.extensions.filters.listener.original_dst.v3.OriginalDst"), _)
-            | (None, "envoy.filters.listener.original_dst") => original_dst = true,
+            (Some(ORIGINAL_DST), _) | (None, "envoy.filters.listener.original_dst") => original_dst = true,
             (Some("envoy.extensions.filters.listener.original_src.v3.OriginalSrc"), _) => {
                 original_src = config.map(|c| OriginalSrc {
                     mark: c.number_or("mark", 0),
@@ -695,7 +727,7 @@ fn listener_filters(at: &At) -> Result<(bool, Option<OriginalSrc>, Inspectors)> 
             }
         }
     }
-    Ok((original_dst, original_src, inspectors))
+    Ok((original_dst, original_src, proxy_header, inspectors))
 }
 
 fn chain_match(at: &At) -> Result<ChainMatch> {
@@ -767,6 +799,7 @@ fn http2_limits(at: Option<&At>) -> Result<Http2> {
     }
     limits.stream_window = window("initial_stream_window_size", limits.stream_window)?;
     limits.connection_window = window("initial_connection_window_size", limits.connection_window)?;
+    limits.connect = at.flag("allow_connect").unwrap_or(false);
     limits.keepalive = match at.message("connection_keepalive") {
         Some(keepalive) => keepalive_settings(&keepalive)?,
         None => None,
@@ -836,6 +869,12 @@ fn cluster_http_options(at: &At) -> Result<(Option<At>, Protocol, Http2)> {
         }
         common = options.message("common_http_protocol_options");
     }
+    if let Some(own) = http2
+        .as_ref()
+        .filter(|own| own.flag("allow_connect") == Some(true))
+    {
+        return Err(own.refuse("allow_connect", "true is not supported for clusters yet"));
+    }
     Ok((common, protocol, http2_limits(http2.as_ref())?))
 }
 
@@ -875,8 +914,14 @@ fn limits(at: &At) -> Result<Limits> {
 /// Fields of a `google.protobuf.Struct`.
 pub(super) type Fields = Vec<(String, Value)>;
 
-/// TLS to an endpoint; `None` for plain TCP.
-type Way = Option<Arc<ClientContext>>;
+/// What an endpoint's connections begin with.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Way {
+    /// TLS; `None` for plain TCP.
+    pub(super) tls: Option<Arc<ClientContext>>,
+    /// A PROXY header before it.
+    pub(super) header: Option<Arc<Outbound>>,
+}
 
 /// `transport_socket_matches` and `transport_socket`.
 pub(super) struct Sockets {
@@ -892,11 +937,11 @@ impl Sockets {
                 return Err(entry.refuse("transport_socket", "must be given"));
             };
             let wanted = entry.message("match").map(|m| fields(&m)).unwrap_or_default();
-            matches.push((wanted, context.client_context(&socket, scope)?));
+            matches.push((wanted, context.way(&socket, scope)?));
         }
         let otherwise = match at.message("transport_socket") {
-            Some(socket) => context.client_context(&socket, scope)?,
-            None => None,
+            Some(socket) => context.way(&socket, scope)?,
+            None => Way::default(),
         };
         Ok(Self { matches, otherwise })
     }
@@ -907,7 +952,7 @@ impl Sockets {
     }
 
     /// That of the first match whose every field `metadata` has.
-    fn of(&self, metadata: &[(String, Value)]) -> Option<Arc<ClientContext>> {
+    fn of(&self, metadata: &[(String, Value)]) -> Way {
         let fits = |wanted: &[(String, Value)]| wanted.iter().all(|field| metadata.contains(field));
         match self.matches.iter().find(|(wanted, _)| fits(wanted)) {
             Some((_, found)) => found.clone(),

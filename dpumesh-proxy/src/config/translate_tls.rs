@@ -13,6 +13,7 @@ use rustls::pki_types::ServerName;
 use rustls::{SupportedCipherSuite, SupportedProtocolVersion};
 
 use super::schema::At;
+use super::secret_files;
 use super::translate::{Context, Result, fingerprint};
 use super::translate_route;
 use crate::stats;
@@ -39,22 +40,36 @@ impl StaticSecrets {
     pub(super) fn read(fixed: Option<&At>) -> Result<Self> {
         let mut secrets = Self::default();
         for secret in fixed.iter().flat_map(|f| f.messages("secrets")) {
-            let name = secret.required_text("name")?;
-            if let Some(certificate) = secret.message("tls_certificate") {
-                secrets
-                    .certificates
-                    .insert(name, Arc::new(certified(&certificate)?));
-            } else if let Some(validation) = secret.message("validation_context") {
-                only_roots(&validation)?;
-                let Some(pem) = validation.message("trusted_ca") else {
-                    return Err(validation.refuse("trusted_ca", "must be given"));
-                };
-                secrets.roots.insert(name, Arc::new(roots(&pem)?));
-            } else {
-                return Err(secret.refuse("", "tls_certificate or validation_context must be given"));
+            match content(&secret)? {
+                (name, Content::Certified(certified)) => {
+                    drop(secrets.certificates.insert(name, Arc::new(certified)));
+                }
+                (name, Content::Roots(roots)) => drop(secrets.roots.insert(name, Arc::new(roots))),
             }
         }
         Ok(secrets)
+    }
+}
+
+/// What a secret holds.
+pub(super) enum Content {
+    Certified(Certified),
+    Roots(Roots),
+}
+
+/// The name and content of a `Secret`.
+pub(super) fn content(secret: &At) -> Result<(String, Content)> {
+    let name = secret.required_text("name")?;
+    if let Some(certificate) = secret.message("tls_certificate") {
+        return Ok((name, Content::Certified(certified(&certificate)?)));
+    }
+    let Some(validation) = secret.message("validation_context") else {
+        return Err(secret.refuse("", "tls_certificate or validation_context must be given"));
+    };
+    only_roots(&validation)?;
+    match validation.message("trusted_ca") {
+        Some(pem) => Ok((name, Content::Roots(roots(&pem)?))),
+        None => Err(validation.refuse("trusted_ca", "must be given")),
     }
 }
 
@@ -221,8 +236,19 @@ impl Context<'_> {
 
     fn named<T>(&self, at: &At, fixed: &HashMap<String, Arc<T>>) -> Result<Secret<T>> {
         let name = at.required_text("name")?;
-        if at.has("sds_config") {
-            return Ok(Secret::Named(name.into()));
+        if name.starts_with(secret_files::PREFIX) || name.contains('|') {
+            return Err(at.refuse(
+                "name",
+                format!("must not begin with {:?} or contain '|'", secret_files::PREFIX),
+            ));
+        }
+        if let Some(source) = at.message("sds_config") {
+            let file = source.message("path_config_source");
+            let file = file.map(|file| file.required_text("path")).transpose()?;
+            return Ok(Secret::Named(match file {
+                Some(file) => secret_files::name(&file, &name),
+                None => name.into(),
+            }));
         }
         match fixed.get(&name) {
             Some(secret) => Ok(Secret::Inline(Arc::clone(secret))),

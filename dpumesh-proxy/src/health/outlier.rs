@@ -524,6 +524,7 @@ mod tests {
             eds: Eds::Healthy,
             locality: 0,
             tls: None,
+            header: None,
             hostname: String::new(),
             metadata: Arc::default(),
             check_port: None,

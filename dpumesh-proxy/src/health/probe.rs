@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use super::check::{Check, Found, Http, Question};
 use crate::http1::head::{ResponseHead, Scan};
+use crate::proxy_protocol::Outbound;
 use crate::tls::{ClientContext, Connection, Secrets, Stream};
 
 /// Longest response head, and longest answer that is searched for blocks.
@@ -23,6 +24,7 @@ const LONGEST: usize = 64 * 1024;
 pub(super) struct Target<'a> {
     pub(super) address: SocketAddr,
     pub(super) tls: Option<&'a ClientContext>,
+    pub(super) header: Option<&'a Outbound>,
     pub(super) secrets: &'a dyn Secrets,
     /// What it is called where the check names no host.
     pub(super) name: &'a str,
@@ -57,7 +59,11 @@ fn named<'a>(host: &'a str, target: &Target<'a>) -> &'a str {
 }
 
 async fn connect(target: &Target<'_>) -> io::Result<Stream> {
-    let socket = kernel::connect(target.address, None).await?;
+    let mut socket = kernel::connect(target.address, None).await?;
+    if let Some(header) = target.header {
+        let header = header.own(socket.local_addr()?, target.address);
+        socket.write_all(&header).await?;
+    }
     match target.tls {
         None => Ok(Stream::Plain(socket)),
         Some(tls) => {

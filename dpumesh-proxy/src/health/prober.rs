@@ -137,6 +137,7 @@ async fn watch(cluster: Arc<Cluster>, endpoint: Endpoint, surroundings: Surround
     let target = Target {
         address,
         tls: endpoint.tls.as_deref(),
+        header: endpoint.header.as_deref(),
         secrets: &*surroundings.secrets,
         name: &cluster.name,
     };

@@ -8,12 +8,15 @@ pub mod body;
 pub mod buffer;
 mod client_cert;
 mod copy;
+pub mod fuzz;
 pub mod head;
 pub mod path;
 pub mod policy;
 pub mod reply;
 mod rewrite;
 pub mod serve;
+
+pub(crate) use rewrite::uuid;
 
 /// Whether a `content-type` is gRPC's.
 pub fn is_grpc(content_type: &[u8]) -> bool {

@@ -95,6 +95,8 @@ fn canonical(path: &[u8]) -> Result<Vec<u8>, Refused> {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     let mut out: Vec<u8> = Vec::with_capacity(path.len() + 8);
     let mut rest = path;
+    // Where the last `%` went that begins no escape.
+    let mut stray = None;
     while let Some((first, after)) = rest.split_first() {
         if out.last() == Some(&b'/')
             && let Some((dots, length)) = dot_segment(rest)
@@ -103,6 +105,7 @@ fn canonical(path: &[u8]) -> Result<Vec<u8>, Refused> {
                 out.pop();
                 let parent = out.iter().rposition(|b| *b == b'/').unwrap_or(0);
                 out.truncate(parent);
+                stray = stray.filter(|at| *at < parent);
                 out.push(b'/');
             }
             rest = &rest[length..];
@@ -115,13 +118,23 @@ fn canonical(path: &[u8]) -> Result<Vec<u8>, Refused> {
                 Some(0) => return Err(Refused),
                 Some(octet) => {
                     if KIND[usize::from(octet)] == CLEAR {
+                        // `%2%65` would become an escape that nobody has looked at: `%2e`.
+                        let behind = stray.map(|at| &out[at + 1..]);
+                        let begun =
+                            behind.is_some_and(|b| b.len() < 2 && b.iter().all(u8::is_ascii_hexdigit));
+                        if begun && octet.is_ascii_hexdigit() {
+                            return Err(Refused);
+                        }
                         out.push(octet);
                     } else {
                         out.extend_from_slice(&[b'%', after[0], after[1]]);
                     }
                     rest = &after[2..];
                 }
-                None => out.push(b'%'),
+                None => {
+                    stray = Some(out.len());
+                    out.push(b'%');
+                }
             },
             octet if KIND[usize::from(*octet)] == ENCODE => {
                 let (high, low) = (usize::from(octet >> 4), usize::from(octet & 15));
@@ -196,7 +209,25 @@ mod tests {
         ] {
             assert_eq!(form(path, BASE).as_deref(), Some(wanted), "{path}");
         }
-        assert_eq!(form("/a%00", BASE), None);
+        for refused in [
+            "/a%00",
+            "/%2%65",
+            "/%%65a",
+            "/%5%41",
+            "/%%32%65",
+            "/x/%2%65%2%65/admin",
+            "/%2%66",
+        ] {
+            assert_eq!(form(refused, BASE), None, "{refused}");
+        }
+        for (path, wanted) in [
+            ("/%2%70", "/%2p"),
+            ("/%%/%41", "/%%/A"),
+            ("/%z%41", "/%zA"),
+            ("/%2/../%41", "/A"),
+        ] {
+            assert_eq!(form(path, BASE).as_deref(), Some(wanted), "{path}");
+        }
     }
 
     #[test]
@@ -223,7 +254,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn the_form_of_a_form_is_itself(path in "/[a-c./%2eE\\\\|]{0,24}") {
+        fn the_form_of_a_form_is_itself(path in "/[a-c./%2456eE\\\\|]{0,24}") {
             let all = PathPolicy { merge_slashes: true, ..BASE };
             if let Some(once) = form(&path, all) {
                 proptest::prop_assert!(!once.split('/').any(|s| s == "." || s == ".."));

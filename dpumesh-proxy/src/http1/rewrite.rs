@@ -217,7 +217,7 @@ fn grpc_timeout(text: &[u8]) -> Option<Duration> {
 }
 
 /// A random UUID (version 4) in text.
-fn uuid() -> [u8; 36] {
+pub(crate) fn uuid() -> [u8; 36] {
     const HEX: &[u8; 16] = b"0123456789abcdef";
     let random = (fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
     let bytes = random.to_be_bytes();

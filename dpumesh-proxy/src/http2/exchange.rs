@@ -1,4 +1,7 @@
 //! A client's stream as a connection with one exchange: reading gives its request as text, what is written is its response.
+//!
+//! CONNECT, and with `:protocol` (RFC 8441) what HTTP/1.1 calls an upgrade, make a tunnel of it: once the response has said so, octets
+//! go both ways as they are, and an end of the stream is an end of the connection.
 
 use std::fmt;
 use std::io;
@@ -6,6 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use h2::ext::Protocol;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
@@ -21,6 +25,16 @@ pub struct Exchange {
     outgoing: Outgoing,
     response: SendResponse<Bytes>,
     is_head: bool,
+    tunnel: Option<Tunnel>,
+}
+
+/// What a stream may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tunnel {
+    /// Asked for with CONNECT, opened by 2xx.
+    Connect,
+    /// Asked for with CONNECT and `:protocol`, in text an upgrade of HTTP/1.1, opened by 101.
+    Upgrade,
 }
 
 impl fmt::Debug for Exchange {
@@ -51,6 +65,13 @@ impl Exchange {
             outgoing: Outgoing::default(),
             response,
             is_head: parts.method == Method::HEAD,
+            tunnel: (parts.method == Method::CONNECT).then(|| {
+                if parts.extensions.get::<Protocol>().is_some() {
+                    Tunnel::Upgrade
+                } else {
+                    Tunnel::Connect
+                }
+            }),
         })
     }
 
@@ -88,6 +109,22 @@ impl Exchange {
         let mut response = Response::new(());
         *response.status_mut() = status;
         *response.headers_mut() = head.fields;
+        let opens = match self.tunnel {
+            None => false,
+            Some(Tunnel::Connect) => status.is_success(),
+            Some(Tunnel::Upgrade) => status == StatusCode::SWITCHING_PROTOCOLS,
+        };
+        if opens {
+            *response.status_mut() = if status.is_success() {
+                status
+            } else {
+                StatusCode::OK
+            };
+            let stream = self.response.send_response(response, false).map_err(broken)?;
+            self.outgoing.begin(stream);
+            self.outgoing.open();
+            return Ok(used);
+        }
         if status.is_informational() {
             self.outgoing.again();
             self.response.send_informational(response).map_err(broken)?;
@@ -114,10 +151,15 @@ impl AsyncRead for Exchange {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, room: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.incoming.is_over() {
-            return this.incoming.poll(cx, room);
+            let before = room.filled().len();
+            let read = ready!(this.incoming.poll(cx, room));
+            // Nothing more: the end came behind the last octet.
+            if read.is_err() || room.filled().len() > before || !this.incoming.is_over() {
+                return Poll::Ready(read);
+            }
         }
         // The end is the end of the exchange, not of the request; before that there is only a reset to hear of.
-        if this.outgoing.is_over() {
+        if this.outgoing.is_over() || this.outgoing.is_open() {
             return Poll::Ready(Ok(()));
         }
         this.poll_gone(cx).map(Err)
@@ -138,7 +180,11 @@ impl AsyncWrite for Exchange {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().give_up();
+        let this = self.get_mut();
+        if this.outgoing.is_open() {
+            return Poll::Ready(this.outgoing.finish());
+        }
+        this.give_up();
         Poll::Ready(Ok(()))
     }
 }
@@ -149,7 +195,7 @@ fn write_head(parts: &http::request::Parts, ended: bool, out: &mut Vec<u8>) -> R
     let authority = authority(parts)?;
     let length = length(fields)?;
     let told = match length {
-        _ if ended => Told::Plain,
+        _ if ended || parts.method == Method::CONNECT => Told::Plain,
         Some(_) if !is_grpc(fields) => Told::Plain,
         _ => Told::Chunked,
     };
@@ -158,9 +204,18 @@ fn write_head(parts: &http::request::Parts, ended: bool, out: &mut Vec<u8>) -> R
     {
         return Err("te other than trailers");
     }
-    out.extend_from_slice(parts.method.as_str().as_bytes());
+    let protocol = parts.extensions.get::<Protocol>().map(Protocol::as_str);
+    if protocol.is_some_and(|p| p.is_empty() || !p.bytes().all(crate::http1::is_token)) {
+        return Err("a :protocol that is no token");
+    }
+    let method = if protocol.is_some() {
+        "GET"
+    } else {
+        parts.method.as_str()
+    };
+    out.extend_from_slice(method.as_bytes());
     out.push(b' ');
-    if parts.method == Method::CONNECT {
+    if parts.method == Method::CONNECT && protocol.is_none() {
         out.extend_from_slice(authority);
     } else {
         let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
@@ -168,6 +223,10 @@ fn write_head(parts: &http::request::Parts, ended: bool, out: &mut Vec<u8>) -> R
     }
     out.extend_from_slice(b" HTTP/1.1\r\n");
     put_field("host", authority, out);
+    if let Some(protocol) = protocol {
+        put_field("connection", b"upgrade", out);
+        put_field("upgrade", protocol.as_bytes(), out);
+    }
     put_cookies(fields, out);
     for (name, value) in fields {
         if name != header::HOST && name != header::COOKIE && name != header::CONTENT_LENGTH {

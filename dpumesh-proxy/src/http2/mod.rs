@@ -15,6 +15,7 @@
 //! codecs, and the path of an HTTP/1.1 request would have paid for it.
 
 pub mod call;
+pub mod cork;
 pub mod exchange;
 mod incoming;
 pub mod keepalive;

@@ -15,6 +15,9 @@ use super::{Reset, broken};
 /// Octets handed to the connection at once, at most.
 const PIECE: usize = 16 * 1024;
 
+/// What ends a head.
+const END: &[u8] = b"\r\n\r\n";
+
 /// The last chunk, without trailers.
 const LAST: &[u8] = b"0\r\n\r\n";
 
@@ -28,6 +31,8 @@ enum Stage {
     ChunkData(u64),
     ChunkEnd(u8),
     Trailers,
+    /// A tunnel: octets as they are.
+    Raw,
     Over,
 }
 
@@ -44,7 +49,7 @@ pub(super) struct Outgoing {
 #[derive(Debug)]
 pub(super) struct Head {
     /// The first line, without its CRLF.
-    pub(super) line: Vec<u8>,
+    pub(super) line: Bytes,
     /// The fields without those of the hop; `content-length` among them.
     pub(super) fields: HeaderMap,
     /// Whether a body follows, as far as the text says.
@@ -83,19 +88,31 @@ impl Outgoing {
     /// A field that HTTP/2 cannot carry.
     pub(super) fn head(&mut self, data: &[u8]) -> io::Result<(usize, Option<Head>)> {
         let before = self.text.len();
-        self.text.extend_from_slice(data);
-        let from = before.saturating_sub(3);
-        let Some(end) = memchr::memmem::find(&self.text[from..], b"\r\n\r\n").map(|at| from + at + 4) else {
-            return Ok((data.len(), None));
+        let (text, mut used) = if before == 0 {
+            // All at once, as it nearly always is: what follows the head is not copied.
+            let Some(end) = memchr::memmem::find(data, END) else {
+                self.text.extend_from_slice(data);
+                return Ok((data.len(), None));
+            };
+            let end = end + END.len();
+            (Bytes::copy_from_slice(&data[..end]), end)
+        } else {
+            self.text.extend_from_slice(data);
+            let from = before.saturating_sub(END.len() - 1);
+            let Some(at) = memchr::memmem::find(&self.text[from..], END) else {
+                return Ok((data.len(), None));
+            };
+            let end = from + at + END.len();
+            let mut text = Bytes::from(std::mem::take(&mut self.text));
+            text.truncate(end);
+            (text, end - before)
         };
-        let text = std::mem::take(&mut self.text);
-        let mut used = end - before;
-        let mut lines = text[..end - 4].split(|b| *b == b'\n');
-        let line = trim_end(lines.next().unwrap_or_default()).to_vec();
-        let mut fields = HeaderMap::new();
+        let mut lines = text[..text.len() - END.len()].split(|b| *b == b'\n');
+        let line = text.slice_ref(trim_end(lines.next().unwrap_or_default()));
+        let mut fields = HeaderMap::with_capacity(16);
         let (mut length, mut chunked) = (None, false);
         for line in lines {
-            let (name, value) = field(trim_end(line))?;
+            let (name, value) = field(&text, trim_end(line))?;
             match name.as_str() {
                 "content-length" => length = value.to_str().ok().and_then(|v| v.parse().ok()),
                 "transfer-encoding" => chunked = true,
@@ -128,6 +145,28 @@ impl Outgoing {
         self.stage = Stage::Head;
     }
 
+    /// Octets follow as they are, until [`Self::finish`].
+    pub(super) fn open(&mut self) {
+        self.stage = Stage::Raw;
+    }
+
+    /// Whether octets go as they are.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.stage, Stage::Raw)
+    }
+
+    /// Ends what goes as it is.
+    ///
+    /// # Errors
+    /// The stream's.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.stage = Stage::Over;
+        match &mut self.body {
+            Some(stream) => stream.send_data(Bytes::new(), true).map_err(broken),
+            None => Err(malformed()),
+        }
+    }
+
     /// Takes the stream on which the body goes.
     pub(super) fn begin(&mut self, stream: SendStream<Bytes>) {
         self.body = Some(stream);
@@ -153,6 +192,7 @@ impl Outgoing {
     fn poll_step(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         match self.stage {
             Stage::Head | Stage::Over => Poll::Ready(Err(malformed())),
+            Stage::Raw => self.poll_data(cx, data, u64::MAX, |_| false),
             Stage::Length(left) => {
                 let n = ready!(self.poll_data(cx, data, left, |n| n == left))?;
                 let left = left - n as u64;
@@ -242,7 +282,7 @@ impl Outgoing {
     }
 
     fn trailers(&mut self) -> io::Result<()> {
-        let text = std::mem::take(&mut self.text);
+        let text = Bytes::from(std::mem::take(&mut self.text));
         self.stage = Stage::Over;
         let Some(stream) = &mut self.body else {
             return Err(malformed());
@@ -253,7 +293,7 @@ impl Outgoing {
             .map(trim_end)
             .filter(|l| !l.is_empty())
         {
-            let (name, value) = field(line)?;
+            let (name, value) = field(&text, line)?;
             if !is_of_hop(name.as_str()) {
                 trailers.append(name, value);
             }
@@ -282,10 +322,12 @@ fn trim_end(line: &[u8]) -> &[u8] {
     line.strip_suffix(b"\r").unwrap_or(line)
 }
 
-fn field(line: &[u8]) -> io::Result<(HeaderName, HeaderValue)> {
+/// A line of `text`, whose memory the value shares.
+fn field(text: &Bytes, line: &[u8]) -> io::Result<(HeaderName, HeaderValue)> {
     let colon = memchr::memchr(b':', line).ok_or_else(malformed)?;
     let name = HeaderName::from_bytes(&line[..colon]).map_err(|_| malformed())?;
-    let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).map_err(|_| malformed())?;
+    let value = text.slice_ref(line[colon + 1..].trim_ascii());
+    let value = HeaderValue::from_maybe_shared(value).map_err(|_| malformed())?;
     Ok((name, value))
 }
 
@@ -306,7 +348,7 @@ mod tests {
             let (used, head) = outgoing.head(&rest).unwrap();
             let head = head.unwrap();
             assert_eq!(used, HEAD.len() - cut);
-            assert_eq!(head.line, b"POST /x HTTP/1.1");
+            assert_eq!(&head.line[..], b"POST /x HTTP/1.1");
             assert!(!head.ends && head.fields.len() == 3, "{head:?}");
             assert!(!head.fields.contains_key("connection"));
             assert!(matches!(outgoing.stage, Stage::Length(3)));

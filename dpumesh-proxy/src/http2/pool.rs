@@ -18,6 +18,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::call::Call;
+use super::cork::Cork;
 use super::keepalive::{Heard, Keepalive};
 use super::serve::Begun;
 use super::{LOCAL_RESETS, PENDING_RESETS, SEND_BUFFER};
@@ -156,9 +157,10 @@ impl<K: Eq + Hash + Clone> Pool<K> {
         let (local, principal) = (stream.local_addr(), crate::tls::principal(&stream));
         let kept = terms.http2.keepalive.zip(terms.stats);
         let heard = kept.map(|_| Heard::default());
+        let cork = Cork::from(stream);
         let begun = Begun {
             octets: Bytes::new(),
-            stream,
+            cork: cork.clone(),
             heard: heard.clone(),
             turn: None,
         };
@@ -187,6 +189,10 @@ impl<K: Eq + Hash + Clone> Pool<K> {
             let ended = poll_fn(|cx| {
                 if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
                     return Poll::Ready(Some(ended));
+                }
+                if let Poll::Ready(Err(error)) = cork.poll_drain(cx) {
+                    tracing::debug!(%error, "an endpoint's connection takes nothing more");
+                    return Poll::Ready(Some(Ok(())));
                 }
                 let gone = keepalive.as_mut().is_some_and(|(k, _)| k.poll(cx).is_ready());
                 if gone { Poll::Ready(None) } else { Poll::Pending }

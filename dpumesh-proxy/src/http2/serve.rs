@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
+use super::cork::Cork;
 use super::exchange::Exchange;
 use super::keepalive::{Heard, Keepalive};
 use super::{LOCAL_RESETS, PENDING_RESETS, PREFACE, SEND_BUFFER};
@@ -31,8 +32,8 @@ use crate::worker::{Entry, Peer, Place, Program, Worker};
 pub struct Begun {
     /// What was read.
     pub octets: Bytes,
-    /// Where the rest comes from.
-    pub stream: Stream,
+    /// Where the rest comes from, and where answers go.
+    pub cork: Cork,
     /// Counts what comes, where somebody wants to know.
     pub heard: Option<Heard>,
     /// What was done in one turn, where that has a bound.
@@ -64,7 +65,7 @@ impl AsyncRead for Begun {
                 return Poll::Pending;
             }
             let before = room.filled().len();
-            let read = Pin::new(&mut this.stream).poll_read(cx, room);
+            let read = Pin::new(&mut this.cork).poll_read(cx, room);
             let n = room.filled().len() - before;
             this.note(n);
             if let Some(heard) = &this.heard {
@@ -85,7 +86,7 @@ impl AsyncWrite for Begun {
             return Poll::Pending;
         }
         this.note(WRITE);
-        Pin::new(&mut this.stream).poll_write(cx, data)
+        Pin::new(&mut this.cork).poll_write(cx, data)
     }
 
     fn poll_write_vectored(
@@ -98,24 +99,25 @@ impl AsyncWrite for Begun {
             return Poll::Pending;
         }
         this.note(WRITE);
-        Pin::new(&mut this.stream).poll_write_vectored(cx, data)
+        Pin::new(&mut this.cork).poll_write_vectored(cx, data)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.cork.is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+        Pin::new(&mut self.get_mut().cork).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+        Pin::new(&mut self.get_mut().cork).poll_shutdown(cx)
     }
 }
 
 /// A connection, and what its streams are served by.
 struct Client {
+    cork: Cork,
     worker: Rc<Worker>,
     program: Rc<Program>,
     entry: Entry,
@@ -176,6 +178,7 @@ pub async fn serve(
         .map(|settings| (settings, Heard::default()));
     let turn = Rc::new(Cell::new(0));
     begun.turn = Some(Rc::clone(&turn));
+    let cork = begun.cork.clone();
     begun.heard = kept.as_ref().map(|(_, heard)| Rc::clone(heard));
     let handshake = async {
         if begins_well(&mut begun).await {
@@ -193,6 +196,7 @@ pub async fn serve(
         Some(Ok(Some(mut connection))) => {
             let kept = kept.and_then(|(settings, heard)| Some((settings, connection.ping_pong()?, heard)));
             let client = Client {
+                cork,
                 worker,
                 program,
                 entry,
@@ -255,6 +259,9 @@ fn builder(manager: &HttpManager) -> Builder {
         .max_send_buffer_size(SEND_BUFFER)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_RESETS));
+    if manager.http2.connect {
+        builder.enable_connect_protocol();
+    }
     builder
 }
 
@@ -298,43 +305,61 @@ impl Client {
         let mut ended = std::pin::pin!(streams.ended.notified());
         poll_fn(|cx| {
             self.turn.set(0);
-            match connection.poll_accept(cx) {
-                Poll::Ready(Some(Ok((request, response)))) => {
-                    return Poll::Ready(Event::Request(Box::new(request), response));
-                }
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Event::Over(Some(error))),
-                Poll::Ready(None) => return Poll::Ready(Event::Over(None)),
-                Poll::Pending => {}
+            let event = self.poll_next(connection, cx);
+            if event.is_ready() {
+                return event;
             }
-            if self.keepalive.as_mut().is_some_and(|k| k.poll(cx).is_ready()) {
-                self.worker.http2.inc(self.worker.shard, Stat2::KeepaliveTimeout);
-                return Poll::Ready(Event::Abandon);
-            }
-            self.entry.wake_by(cx.waker());
             while ended.as_mut().poll(cx).is_ready() {
                 idle_since = Instant::now();
                 ended.set(streams.ended.notified());
             }
-            let idle = streams.open.get() == 0;
-            let grace = self.manager.idle_timeout.filter(|_| idle).map(|t| idle_since + t);
-            let draining = self.worker.draining();
-            if !self.leaving {
-                let closes = self.worker.closing.closes(self.place.listener.direction);
-                if draining.is_some() || closes || !self.is_in_force() {
-                    return Poll::Ready(Event::Leave(Stat::CxDrainClose));
-                }
-                return match self.alarm.poll(cx, grace) {
-                    Poll::Ready(()) => Poll::Ready(Event::Leave(Stat::CxIdleTimeout)),
-                    Poll::Pending => Poll::Pending,
-                };
-            }
-            let until = draining.map(|(idle_end, end)| if idle { idle_end } else { end });
-            match self.alarm.poll(cx, earlier(until, grace)) {
-                Poll::Ready(()) => Poll::Ready(Event::Abandon),
-                Poll::Pending => Poll::Pending,
+            let event = self.poll_end(idle_since, cx);
+            match self.cork.poll_drain(cx) {
+                Poll::Ready(Err(_)) => Poll::Ready(Event::Abandon),
+                _ => event,
             }
         })
         .await
+    }
+
+    /// What the client does.
+    fn poll_next(&mut self, connection: &mut Connection<Begun, Bytes>, cx: &mut Context<'_>) -> Poll<Event> {
+        match connection.poll_accept(cx) {
+            Poll::Ready(Some(Ok((request, response)))) => {
+                return Poll::Ready(Event::Request(Box::new(request), response));
+            }
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Event::Over(Some(error))),
+            Poll::Ready(None) => return Poll::Ready(Event::Over(None)),
+            Poll::Pending => {}
+        }
+        if self.keepalive.as_mut().is_some_and(|k| k.poll(cx).is_ready()) {
+            self.worker.http2.inc(self.worker.shard, Stat2::KeepaliveTimeout);
+            return Poll::Ready(Event::Abandon);
+        }
+        Poll::Pending
+    }
+
+    /// Whether the connection has to end although the client does nothing.
+    fn poll_end(&mut self, idle_since: Instant, cx: &mut Context<'_>) -> Poll<Event> {
+        self.entry.wake_by(cx.waker());
+        let idle = self.streams.open.get() == 0;
+        let grace = self.manager.idle_timeout.filter(|_| idle).map(|t| idle_since + t);
+        let draining = self.worker.draining();
+        if !self.leaving {
+            let closes = self.worker.closing.closes(self.place.listener.direction);
+            if draining.is_some() || closes || !self.is_in_force() {
+                return Poll::Ready(Event::Leave(Stat::CxDrainClose));
+            }
+            return match self.alarm.poll(cx, grace) {
+                Poll::Ready(()) => Poll::Ready(Event::Leave(Stat::CxIdleTimeout)),
+                Poll::Pending => Poll::Pending,
+            };
+        }
+        let until = draining.map(|(idle_end, end)| if idle { idle_end } else { end });
+        match self.alarm.poll(cx, earlier(until, grace)) {
+            Poll::Ready(()) => Poll::Ready(Event::Abandon),
+            Poll::Pending => Poll::Pending,
+        }
     }
 
     /// Whether new streams may come: the listener's chain is still there.
@@ -368,7 +393,8 @@ impl Client {
         };
         let open = Open::new(&self.streams, &self.worker);
         let stream = Stream::Exchange(Box::new(exchange));
-        tokio::task::spawn_local(serve_stream(
+        // Boxed: a task moves what it runs several times, and this is some kilobytes.
+        tokio::task::spawn_local(Box::pin(serve_stream(
             Rc::clone(&self.worker),
             Rc::clone(&self.program),
             (self.worker.enter(), open),
@@ -380,7 +406,7 @@ impl Client {
             },
             self.place.clone(),
             Arc::clone(&self.manager),
-        ));
+        )));
     }
 
     fn note(&self, error: &h2::Error) {

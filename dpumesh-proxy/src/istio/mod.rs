@@ -50,7 +50,7 @@ impl Reporting {
     /// Who reports connections of `peer` on `listener`.
     pub fn of(config: &Config, listener: &Listener, peer: &Peer) -> Option<Self> {
         let (role, address) = match listener.direction? {
-            Direction::Outbound => (Role::Source, peer.remote.ip()),
+            Direction::Outbound => (Role::Source, peer.direct_remote.ip()),
             Direction::Inbound => (Role::Destination, peer.local.ip()),
         };
         let pod = config.workloads.get(&address.to_canonical())?;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use super::hello::{self, Parsed};
 
@@ -114,17 +115,27 @@ impl Inspectors {
             .any(|ranges| ranges.looks_at(port))
     }
 
-    /// Looks into a connection to `port`.
+    /// When a connection that comes now has been looked into for long enough.
+    pub fn until(&self) -> Option<Instant> {
+        self.timeout.map(|most| Instant::now() + most)
+    }
+
+    /// Looks into a connection to `port`, until then.
     ///
     /// # Errors
     /// As [`Blind`] says.
-    pub async fn look(&self, socket: &TcpStream, port: u16) -> Result<Seen, Blind> {
+    pub async fn look(&self, socket: &TcpStream, port: u16, until: Option<Instant>) -> Result<Seen, Blind> {
         let on = |ranges: &Option<PortRanges>| ranges.as_ref().is_some_and(|r| r.looks_at(port));
-        let look = peek(socket, on(&self.tls), on(&self.http));
-        let Some(most) = self.timeout else {
+        let (tls, http) = (on(&self.tls), on(&self.http));
+        let longest = hello::LONGEST.max(LONGEST_LINE);
+        let look = async {
+            let seen = peek(socket, longest, |wire| judge(wire, tls, http)).await?;
+            Ok(seen.unwrap_or_default())
+        };
+        let Some(until) = until else {
             return look.await.map_err(Blind::Lost);
         };
-        match tokio::time::timeout(most, look).await {
+        match tokio::time::timeout_at(until, look).await {
             Ok(seen) => seen.map_err(Blind::Lost),
             Err(_) if self.goes_on => Ok(Seen::default()),
             Err(_) => Err(Blind::TimedOut),
@@ -132,7 +143,15 @@ impl Inspectors {
     }
 }
 
-async fn peek(socket: &TcpStream, tls: bool, http: bool) -> io::Result<Seen> {
+/// Looks at what has come until `judge` knows what it is: `None` where it ends before that, or is `longest` octets long.
+///
+/// # Errors
+/// The socket's.
+pub(crate) async fn peek<T>(
+    socket: &TcpStream,
+    longest: usize,
+    mut judge: impl FnMut(&[u8]) -> Option<T>,
+) -> io::Result<Option<T>> {
     let mut wire = vec![0; 1024];
     let mut had = 0;
     loop {
@@ -158,11 +177,11 @@ async fn peek(socket: &TcpStream, tls: bool, http: bool) -> io::Result<Seen> {
         };
         let ended = length == 0;
         had = had.max(length);
-        if let Some(seen) = judge(&wire[..had], tls, http) {
-            return Ok(seen);
+        if let Some(seen) = judge(&wire[..had]) {
+            return Ok(Some(seen));
         }
-        if ended || had >= hello::LONGEST.max(LONGEST_LINE) {
-            return Ok(Seen::default());
+        if ended || had >= longest {
+            return Ok(None);
         }
         if had == wire.len() {
             wire.resize(wire.len() * 4, 0);
@@ -264,7 +283,7 @@ mod tests {
             client
         };
         let inspectors = both();
-        let (_client, seen) = tokio::join!(write, inspectors.look(&server, 80));
+        let (_client, seen) = tokio::join!(write, inspectors.look(&server, 80, inspectors.until()));
         let seen = seen.unwrap();
         assert_eq!(seen.transport, Transport::Tls);
         assert_eq!((&*seen.server_name, &*seen.protocols), ("a.b", "'h2','http/1.1'"));
@@ -277,14 +296,20 @@ mod tests {
         let (mut client, server) = pair().await;
         client.write_all(b"GET").await.unwrap();
         client.shutdown().await.unwrap();
-        assert_eq!(both().look(&server, 80).await.unwrap(), Seen::default());
+        assert_eq!(both().look(&server, 80, None).await.unwrap(), Seen::default());
 
         let (_client, server) = pair().await;
         let mut short = both();
         short.timeout = Some(Duration::from_millis(20));
-        assert!(matches!(short.look(&server, 80).await, Err(Blind::TimedOut)));
+        assert!(matches!(
+            short.look(&server, 80, short.until()).await,
+            Err(Blind::TimedOut)
+        ));
         short.goes_on = true;
-        assert_eq!(short.look(&server, 80).await.unwrap(), Seen::default());
+        assert_eq!(
+            short.look(&server, 80, short.until()).await.unwrap(),
+            Seen::default()
+        );
     }
 
     #[test]

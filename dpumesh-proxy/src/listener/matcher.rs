@@ -15,8 +15,10 @@ use crate::tls::san::Text;
 /// What a chain is chosen by.
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
-    /// The client.
+    /// The client, or whom a PROXY header names.
     pub source: SocketAddr,
+    /// The socket's other end.
+    pub direct: SocketAddr,
     /// The address it meant.
     pub destination: SocketAddr,
     /// What its first octets say.
@@ -32,8 +34,10 @@ pub enum Input {
     SourcePort,
     /// `DestinationIPInput`.
     DestinationIp,
-    /// `SourceIPInput`, `DirectSourceIPInput`.
+    /// `SourceIPInput`.
     SourceIp,
+    /// `DirectSourceIPInput`.
+    DirectSourceIp,
     /// `ServerNameInput`.
     ServerName,
     /// `TransportProtocolInput`.
@@ -85,6 +89,7 @@ impl Input {
             Self::SourcePort => write!(line, "{}", facts.source.port()),
             Self::DestinationIp => write!(line, "{}", facts.destination.ip()),
             Self::SourceIp => write!(line, "{}", facts.source.ip()),
+            Self::DirectSourceIp => write!(line, "{}", facts.direct.ip()),
         };
         written.ok()?;
         with(std::str::from_utf8(&line.text[..line.length]).ok()?)
@@ -94,6 +99,7 @@ impl Input {
         match self {
             Self::DestinationIp => Some(facts.destination.ip()),
             Self::SourceIp => Some(facts.source.ip()),
+            Self::DirectSourceIp => Some(facts.direct.ip()),
             _ => None,
         }
     }
@@ -242,6 +248,7 @@ mod tests {
     fn find(tree: &Matcher<u8>, source: &str, destination: &str, seen: &Seen) -> Option<u8> {
         let facts = Facts {
             source: source.parse().unwrap(),
+            direct: source.parse().unwrap(),
             destination: destination.parse().unwrap(),
             seen,
         };

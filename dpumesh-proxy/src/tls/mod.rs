@@ -11,6 +11,7 @@
 //! Identities are SPIFFE: a URI subject alternative name of the certificate. Host names are not looked at unless the configuration asks.
 
 pub mod context;
+pub(crate) mod leaf;
 pub mod san;
 pub mod secrets;
 pub mod store;
@@ -18,9 +19,10 @@ pub mod stream;
 mod verify;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use context::{ClientContext, HandshakeError, Protocols, ServerContext};
-pub use secrets::{Certified, Roots, Secrets};
+pub use secrets::{Certified, Held, Listed, Roots, Secrets};
 pub use stream::Stream;
 
 /// The first URI in the certificate that an endpoint has proved itself with.
@@ -40,6 +42,10 @@ pub struct PeerIdentity {
     pub uri_sans: Vec<String>,
     /// DNS subject alternative names.
     pub dns_sans: Vec<String>,
+    /// Mail addresses among them.
+    pub email_sans: Vec<String>,
+    /// IP addresses among them, as text.
+    pub ip_sans: Vec<String>,
     /// The subject's distinguished name (RFC 2253); empty in a mesh.
     pub subject: String,
     /// SHA-256 of the certificate's DER: `Hash` of `x-forwarded-client-cert`.
@@ -55,8 +61,25 @@ pub struct LocalIdentity {
     pub uri_sans: Vec<String>,
     /// DNS subject alternative names.
     pub dns_sans: Vec<String>,
+    /// Mail addresses among them.
+    pub email_sans: Vec<String>,
+    /// IP addresses among them, as text.
+    pub ip_sans: Vec<String>,
     /// The subject's distinguished name (RFC 2253).
     pub subject: String,
+}
+
+/// What was agreed on in a handshake, in OpenSSL's words. The default is that of plain TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Agreed {
+    /// `TLSv1.2` or `TLSv1.3`.
+    pub version: &'static str,
+    /// `TLS_AES_256_GCM_SHA384`, `ECDHE-ECDSA-AES128-GCM-SHA256`, …
+    pub cipher: &'static str,
+    /// `X25519`, `P-256`, …
+    pub group: &'static str,
+    /// From the connection's begin to the handshake's end.
+    pub took: Option<Duration>,
 }
 
 /// What is known of a client connection beyond its addresses. The default is that of plain TCP.
@@ -64,6 +87,8 @@ pub struct LocalIdentity {
 pub struct Connection {
     /// Whether TLS was terminated here.
     pub tls: bool,
+    /// What was agreed on then.
+    pub agreed: Agreed,
     /// The verified peer; `None` on a plain connection and where the peer showed no certificate.
     pub peer: Option<Arc<PeerIdentity>>,
     /// Whom we answered as; `None` on a plain connection.

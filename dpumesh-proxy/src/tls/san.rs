@@ -35,7 +35,7 @@ impl Names {
     pub fn of(certificate: &[u8]) -> Result<Self, NotACertificate> {
         let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| NotACertificate)?;
         let mut names = Self {
-            subject: parsed.subject().to_string(),
+            subject: super::leaf::rfc2253(parsed.subject()),
             ..Self::default()
         };
         let alternative = parsed.subject_alternative_name().map_err(|_| NotACertificate)?;

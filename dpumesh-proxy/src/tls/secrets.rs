@@ -129,6 +129,8 @@ impl Certified {
             identity: Arc::new(LocalIdentity {
                 uri_sans: names.uri,
                 dns_sans: names.dns,
+                email_sans: names.email,
+                ip_sans: names.ip,
                 subject: names.subject,
             }),
             not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(seconds),

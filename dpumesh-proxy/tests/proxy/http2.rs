@@ -202,9 +202,9 @@ async fn write(out: &mut SendStream<Bytes>, mut data: &[u8]) -> Result<(), h2::E
 }
 
 /// A client connection.
-struct Http2Client {
-    runtime: Runtime,
-    send: SendRequest<Bytes>,
+pub(crate) struct Http2Client {
+    pub(crate) runtime: Runtime,
+    pub(crate) send: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
 }
 
@@ -271,7 +271,7 @@ impl Http2Client {
         request.body(()).unwrap()
     }
 
-    fn begin(&mut self, request: Request<()>, ends: bool) -> (ResponseFuture, SendStream<Bytes>) {
+    pub(crate) fn begin(&mut self, request: Request<()>, ends: bool) -> (ResponseFuture, SendStream<Bytes>) {
         let send = self.send.clone();
         let mut send = self.runtime.block_on(send.ready()).unwrap();
         let _inside = self.runtime.enter();
@@ -324,7 +324,7 @@ async fn whole(answer: ResponseFuture) -> Result<Answer, h2::Error> {
     Ok(answer)
 }
 
-fn client(subject: &Subject) -> Http2Client {
+pub(crate) fn client(subject: &Subject) -> Http2Client {
     Http2Client::connect(subject.web())
 }
 

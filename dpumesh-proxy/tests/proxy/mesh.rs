@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dpumesh_proxy::tls::secrets::Held;
 use dpumesh_proxy::tls::{Certified, Roots};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 
 use crate::harness::{Client, Endpoint, Running, pattern};
 
@@ -25,7 +25,11 @@ impl Authority {
     pub(crate) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
+        // Not the leaves' name: an issuer that is the subject passes for self-signed (BoringSSL).
+        params.distinguished_name.push(DnType::CommonName, "root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A certificate whose issuer is its subject is self-signed to some.
+        params.distinguished_name.push(DnType::CommonName, "root");
         let root = params.self_signed(&key).unwrap().pem();
         let issuer = Issuer::new(params, key);
         Self { issuer, root }
@@ -45,6 +49,15 @@ impl Authority {
         params.subject_alt_names.extend(host);
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         (certificate.pem(), key.serialize_pem())
+    }
+
+    /// PEM of a certificate made of `params`, and of its key.
+    pub(crate) fn signed(&self, params: CertificateParams) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        (
+            params.signed_by(&key, &self.issuer).unwrap().pem(),
+            key.serialize_pem(),
+        )
     }
 
     pub(crate) fn certified(&self, id: &str) -> Certified {

@@ -9,16 +9,16 @@ use crate::envoy::at_both;
 use crate::harness::{Client, bootstrap_with, cluster, read_message};
 
 /// An endpoint that opens tunnels and sends back what comes by them. What came before it agreed is kept.
-struct Opener {
-    address: SocketAddr,
+pub(crate) struct Opener {
+    pub(crate) address: SocketAddr,
     /// Request heads, as they came.
     heads: Arc<Mutex<Vec<String>>>,
     /// What came behind heads while nothing was agreed upon.
-    early: Arc<Mutex<Vec<u8>>>,
+    pub(crate) early: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Opener {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (heads, early) = (
@@ -41,7 +41,7 @@ impl Opener {
         }
     }
 
-    fn last_head(&self) -> String {
+    pub(crate) fn last_head(&self) -> String {
         self.heads.lock().unwrap().last().cloned().unwrap_or_default()
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::reported::grpc_status;
 use super::view::forwarded_for;
 use super::{Outcome, Session};
-use crate::access_log::{Extra, Headers, Record};
+use crate::access_log::{About, Extra, Headers, Record};
 use crate::http1::head::{FieldKind, Framing};
 use crate::http1::rewrite::{self, Rewrite};
 use crate::route::HeaderChanges;
@@ -47,6 +47,11 @@ impl Session {
         record.response = outcome.has_response.then_some(&response as &dyn Headers);
         record.protocol = Some(self.protocol(buffers));
         record.cluster = outcome.cluster.as_deref();
+        if self.manager.access_log.iter().any(|log| log.asks_for_host_name()) {
+            let mut clusters = self.program.config.clusters.iter();
+            let cluster = clusters.find(|c| Some(&*c.name) == outcome.cluster.as_deref());
+            record.extra.endpoints = cluster.map_or(&[], |c| &c.endpoints);
+        }
         record.route = rewrite.route_name;
         record.extra.request_remote = forwarded_for(buffers);
         record.extra.grpc = grpc_status(buffers, outcome);
@@ -74,10 +79,11 @@ impl Session {
         }
         let request = LoggedRequest { buffers, rewrite };
         let outcome = Outcome::new(0, "");
-        let mut record = self.record(&outcome, SystemTime::UNIX_EPOCH, Duration::ZERO);
+        let mut record = self.record(&outcome, SystemTime::now(), Duration::ZERO);
         record.request = Some(&request);
         record.protocol = Some(self.protocol(buffers));
         record.extra.request_remote = forwarded_for(buffers);
+        record.extra.about = About::Nothing;
         Some(Box::new(changes.rendered(&record)))
     }
 
@@ -101,7 +107,9 @@ impl Session {
             cluster: None,
             route: None,
             remote: self.peer.remote,
+            direct_remote: self.peer.direct_remote,
             local: self.peer.local,
+            direct_local: self.peer.direct_local,
             ingress: self.peer.ingress,
             extra: Extra {
                 details: Some(&*outcome.details).filter(|d| !d.is_empty()),
@@ -111,6 +119,8 @@ impl Session {
                 transport_failure: outcome.transport_failure.as_deref(),
                 trailers: outcome.trailers.as_deref(),
                 connection: Some(&self.peer.connection),
+                connection_id: Some(self.peer.id),
+                about: About::Request,
                 chain: Some(&self.place.chain.name),
                 upstream_protocol: outcome.upstream_protocol,
                 upstream_peer: outcome.principal.as_deref(),
@@ -159,6 +169,15 @@ impl Headers for LoggedRequest<'_> {
                 Some(path).filter(|p| !p.is_empty())
             }
             b"x-envoy-original-path" if self.rewrite.path.is_some() => Some(rewrite::path(self.buffers)),
+            b"x-envoy-original-host" if self.rewrite.host.is_some() => {
+                let asked = request.authority.of_head(head);
+                let asked = if asked.is_empty() {
+                    self.rewrite.default_host
+                } else {
+                    Some(asked)
+                };
+                asked.filter(|a| !a.is_empty())
+            }
             b":authority" | b"host" => {
                 let authority = self.rewrite.host.or(self.rewrite.default_host);
                 Some(authority.unwrap_or_else(|| request.authority.of_head(head))).filter(|a| !a.is_empty())

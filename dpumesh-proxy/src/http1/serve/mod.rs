@@ -65,7 +65,7 @@ pub async fn serve(
     if speaks_http2(&manager, &peer) {
         let begun = Begun {
             octets: Bytes::new(),
-            stream,
+            cork: stream.into(),
             heard: None,
             turn: None,
         };
@@ -185,7 +185,7 @@ impl Session {
         } = self;
         let begun = Begun {
             octets,
-            stream,
+            cork: stream.into(),
             heard: None,
             turn: None,
         };

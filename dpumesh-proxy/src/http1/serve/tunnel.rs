@@ -79,8 +79,12 @@ impl Session {
             Some(Action::Forward(forward)) => Some(&forward.upgrades),
             _ => None,
         };
-        let http11 = buffers.request.fields.http11 && !self.stream.is_http2();
-        let kind = kind(buffers).filter(|_| http11);
+        let may = if self.stream.is_http2() {
+            manager.http2.connect
+        } else {
+            buffers.request.fields.http11
+        };
+        let kind = kind(buffers).filter(|_| may);
         let tunnel = kind.and_then(|kind| manager.policy.upgrades.allow(of_route, kind));
         if route.is_some() && tunnel.is_none() {
             stats.inc(shard, Stat::RqUpgradeRefused);

@@ -1,0 +1,4 @@
+//! Runs `config::fuzz::bootstrap`, where the rules are.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| dpumesh_proxy::config::fuzz::bootstrap(data));
