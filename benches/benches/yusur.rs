@@ -2,6 +2,7 @@
 //!
 //! By default it runs on the simulator over a card in memory, so it measures the backend. With `DPUMESH_YUSUR_LIBRARY` and
 //! `DPUMESH_YUSUR_PCI` it runs on that card (without a floor), and figures of cards can be compared; a reset is left out.
+//! On the simulator a replay of 10,000 rules that takes more than a second fails the bench, also with `-- --test`.
 
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr};
@@ -15,6 +16,10 @@ use dpumesh_hw::memory::{MemoryConfig, capabilities};
 use dpumesh_yusur::{Options, YusurBackend};
 use dpumesh_yusur_simulator::fixture::{TestCard, YusurFixture};
 use tokio::runtime::Runtime;
+
+/// Rules on the card when it is reset, and how long they may take to be there again on the simulator.
+const REPLAYED: u32 = 10_000;
+const REPLAY: Duration = Duration::from_secs(1);
 
 /// A card and what keeps it there.
 struct Bench {
@@ -122,37 +127,33 @@ fn offload_path(c: &mut Criterion) {
                 .expect("judged")
         });
     });
+    // What is built for the call is built before it is measured.
+    let (add, remove) = (additions(0..1000), removals(0..1000));
     group.bench_function("insert a batch of 1,000", |b| {
-        b.iter_batched(
-            || bench.flush(),
-            |()| bench.apply(&additions(0..1000)),
-            BatchSize::PerIteration,
-        );
+        b.iter_batched(|| bench.flush(), |()| bench.apply(&add), BatchSize::PerIteration);
     });
     group.bench_function("delete a batch of 1,000", |b| {
-        b.iter_batched(
-            || {
-                bench.flush();
-                bench.apply(&additions(0..1000));
-            },
-            |()| bench.apply(&removals(0..1000)),
-            BatchSize::PerIteration,
-        );
+        let filled = || {
+            bench.flush();
+            bench.apply(&add);
+        };
+        b.iter_batched(filled, |()| bench.apply(&remove), BatchSize::PerIteration);
     });
 
     bench.flush();
     group.throughput(Throughput::Elements(1));
     group.bench_function("insert and delete one", |b| {
-        b.iter(|| {
+        let insert_and_delete = |rule| {
             let fence = bench.card.fence();
             bench.runtime.block_on(async {
-                steering.add(fence, rule(1, false)).await.expect("added");
+                steering.add(fence, rule).await.expect("added");
                 steering
                     .remove(fence, Owner::Agent, Cookie(1))
                     .await
                     .expect("removed");
             });
-        });
+        };
+        b.iter_batched(|| rule(1, false), insert_and_delete, BatchSize::SmallInput);
     });
 
     let counting = Batch::new((0..200).map(|i| Operation::Add(rule(i, true))).collect());
@@ -170,8 +171,13 @@ fn offload_path(c: &mut Criterion) {
     bench.flush();
 
     if bench.simulated.is_some() {
-        bench.fill(10_000);
-        group.throughput(Throughput::Elements(10_000));
+        bench.fill(REPLAYED);
+        let best = (0..3).map(|_| reset(&bench)).min().expect("three resets");
+        println!(
+            "replay of {REPLAYED} rules after a reset: {best:?}, the best of three; the bar is {REPLAY:?}"
+        );
+        assert!(best <= REPLAY, "{best:?} is more than {REPLAY:?}");
+        group.throughput(Throughput::Elements(REPLAYED.into()));
         group.sample_size(10);
         group.bench_function("replay 10,000 after a reset", |b| {
             b.iter_custom(|times| (0..times).map(|_| reset(&bench)).sum());
