@@ -66,6 +66,19 @@ pub struct Shadow {
     pub stats: Arc<Scope>,
     /// Counts what they let pass, and what they would have refused.
     pub members: [usize; 2],
+    /// What stands before the names of what later filters are told.
+    pub prefix: String,
+}
+
+/// What shadow rules came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Noted<'a> {
+    /// Their prefix.
+    pub prefix: &'a str,
+    /// The policy that held.
+    pub policy: Option<&'a str>,
+    /// They let it pass.
+    pub allowed: bool,
 }
 
 /// Policies of one action, by name.
@@ -91,6 +104,8 @@ pub enum Action {
 /// A policy.
 #[derive(Debug)]
 pub struct Policy {
+    /// Its name.
+    pub name: String,
     /// What a refusal by it is logged as: `rbac_access_denied_matched_policy[NAME]`.
     pub details: String,
     /// What is asked for; one must hold.
@@ -150,7 +165,8 @@ pub enum ClaimMatch {
 }
 
 impl ClaimMatch {
-    fn holds(&self, value: &Value) -> bool {
+    /// Whether it holds for a value.
+    pub fn holds(&self, value: &Value) -> bool {
         match self {
             Self::Text(text) => value.as_str().is_some_and(|value| text.holds(value.as_bytes())),
             Self::Bool(wanted) => value.as_bool() == Some(*wanted),
@@ -164,7 +180,25 @@ impl ClaimMatch {
 }
 
 impl Filter {
-    /// Decides and counts.
+    /// Tries and counts the shadow rules.
+    pub fn try_shadow(
+        &self,
+        connection: &Connection<'_>,
+        request: &impl RequestView,
+        shard: Shard,
+    ) -> Option<Noted<'_>> {
+        let shadow = self.shadow.as_ref()?;
+        let held = shadow.rules.held(connection, request);
+        let allowed = shadow.rules.passes(held);
+        shadow.stats.inc(shard, shadow.members[usize::from(!allowed)]);
+        Some(Noted {
+            prefix: &shadow.prefix,
+            policy: held.map(|policy| policy.name.as_str()),
+            allowed,
+        })
+    }
+
+    /// Decides by the rules in force, and counts.
     ///
     /// # Errors
     /// The details of the refusal.
@@ -174,10 +208,6 @@ impl Filter {
         request: &impl RequestView,
         shard: Shard,
     ) -> Result<(), &str> {
-        if let Some(shadow) = &self.shadow {
-            let refused = shadow.rules.decide(connection, request).is_err();
-            shadow.stats.inc(shard, shadow.members[usize::from(refused)]);
-        }
         let Some(rules) = &self.rules else {
             return Ok(());
         };
@@ -198,14 +228,26 @@ impl Policies {
     /// # Errors
     /// The details of the refusal.
     pub fn decide(&self, connection: &Connection<'_>, request: &impl RequestView) -> Result<(), &str> {
-        if self.action == Action::Log {
+        let held = self.held(connection, request);
+        if self.passes(held) {
             return Ok(());
         }
-        let held = self.policies.iter().find(|p| p.holds(connection, request));
-        match (self.action, held) {
-            (Action::Log, _) | (Action::Allow, Some(_)) | (Action::Deny, None) => Ok(()),
-            (Action::Allow, None) => Err(DENIED_BY_NONE),
-            (Action::Deny, Some(policy)) => Err(&policy.details),
+        Err(held.map_or(DENIED_BY_NONE, |policy| &policy.details))
+    }
+
+    /// The first policy that holds. Nothing follows from a policy that logs, so none is looked for.
+    fn held(&self, connection: &Connection<'_>, request: &impl RequestView) -> Option<&Policy> {
+        if self.action == Action::Log {
+            return None;
+        }
+        self.policies.iter().find(|p| p.holds(connection, request))
+    }
+
+    fn passes(&self, held: Option<&Policy>) -> bool {
+        match self.action {
+            Action::Log => true,
+            Action::Allow => held.is_some(),
+            Action::Deny => held.is_none(),
         }
     }
 }
@@ -262,9 +304,10 @@ pub fn admit<'a>(filters: &'a [Filter], peer: &Peer, shard: Shard) -> Result<(),
         return Ok(());
     }
     let connection = Connection::of(peer);
-    filters
-        .iter()
-        .try_for_each(|filter| filter.check(&connection, &NoRequest, shard))
+    filters.iter().try_for_each(|filter| {
+        filter.try_shadow(&connection, &NoRequest, shard);
+        filter.check(&connection, &NoRequest, shard)
+    })
 }
 
 impl<'a> Connection<'a> {
@@ -382,6 +425,7 @@ mod tests {
 
     fn policy(name: &str, permission: Rule) -> Policy {
         Policy {
+            name: name.to_owned(),
             details: name.to_owned(),
             permissions: vec![permission],
             principals: vec![Rule::Any],

@@ -14,6 +14,7 @@ use crate::access_log::{Record, Template};
 use crate::balance::policy::HashPolicy;
 use crate::balance::subset::Criteria;
 use crate::config::model::{ClusterRef, Weighted};
+use crate::ext_authz;
 use crate::ratelimit::LocalRate;
 
 pub mod cors;
@@ -74,6 +75,8 @@ pub struct Route {
     pub local_rate: Option<Arc<LocalRate>>,
     /// What the CORS filter does.
     pub cors: Option<Arc<cors::Cors>>,
+    /// What the external authorization filter does differently.
+    pub ext_authz: Option<Arc<ext_authz::PerRoute>>,
 }
 
 /// `RouteMatch`.
@@ -569,6 +572,27 @@ impl TextMatch {
     }
 }
 
+/// Names that belong to the framing or to the request line are not the configuration's to change, nor an authorization service's.
+pub(crate) fn may_change(name: &[u8]) -> bool {
+    const FRAMING: [&[u8]; 9] = [
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"connection",
+        b"upgrade",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+    ];
+    !name.is_empty() && name.iter().all(|b| crate::http1::is_token(*b)) && !FRAMING.contains(&name)
+}
+
+/// Visible octets, spaces, tabs and bytes above ASCII.
+pub(crate) fn is_value(value: &[u8]) -> bool {
+    value.iter().all(|b| *b == b'\t' || (*b >= 0x20 && *b != 0x7f))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -612,6 +636,7 @@ mod tests {
             headers: HeaderChanges::default(),
             fault: None,
             local_rate: None,
+            ext_authz: None,
             cors: None,
         };
         VirtualHost {

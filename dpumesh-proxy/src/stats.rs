@@ -137,11 +137,25 @@ members! {
 }
 
 members! {
+    /// `http.PREFIX.ext_authz.*`: what another service decided.
+    ExtAuthz {
+        Ok = "ok" Counter,
+        Denied = "denied" Counter,
+        Error = "error" Counter,
+        Timeout = "timeout" Counter,
+        Disabled = "disabled" Counter,
+        FailureModeAllowed = "failure_mode_allowed" Counter,
+    }
+}
+
+members! {
     /// `http.PREFIX.jwt_authn.*`: the tokens of one connection manager's requests.
     Jwt {
         Allowed = "allowed" Counter,
         Denied = "denied" Counter,
         CorsPreflightBypassed = "cors_preflight_bypassed" Counter,
+        JwksFetchSuccess = "jwks_fetch_success" Counter,
+        JwksFetchFailed = "jwks_fetch_failed" Counter,
     }
 }
 

@@ -34,8 +34,10 @@ use crate::stats::{Cluster as Stat, Scope, Shard, Ssl};
 use crate::tls::{self, ClientContext, Protocols, Secrets, Stream};
 use crate::worker::Peer;
 
+mod active;
 mod pick;
 
+pub(crate) use active::Active;
 pub use pick::Picked;
 
 /// Idle connections kept for one (endpoint, source address), at most.
@@ -170,6 +172,16 @@ pub enum NoConnection {
     TimedOut,
     /// A circuit breaker is open.
     Overflow,
+}
+
+impl From<NoConnection> for io::Error {
+    fn from(none: NoConnection) -> Self {
+        match none {
+            NoConnection::Failed(error) => error,
+            NoConnection::TimedOut => io::ErrorKind::TimedOut.into(),
+            NoConnection::Overflow => Self::other("too many connections"),
+        }
+    }
 }
 
 impl Lane {

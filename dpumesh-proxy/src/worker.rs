@@ -169,6 +169,12 @@ impl Buffers {
         let kind = self.request.fields.get(self.request_in.head(), b"content-type");
         kind.is_some_and(http1::is_grpc)
     }
+
+    /// Adds a line to the request, its name in lower case: as if the client had sent it.
+    pub(crate) fn add_to_request(&mut self, name: &[u8], value: &[u8]) {
+        let at = self.request_in.extend_head(&[name, value].concat());
+        self.request.fields.add(at, name, value.len());
+    }
 }
 
 /// Where a connection came in: which chain of which listener.

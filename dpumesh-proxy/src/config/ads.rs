@@ -285,6 +285,15 @@ pub(super) fn server(bootstrap: &At) -> Result<Option<Server>> {
     let Some(envoy) = service.message("envoy_grpc") else {
         return Err(service.refuse("envoy_grpc", "must be given"));
     };
+    for (at, field) in [
+        (service, "timeout"),
+        (service, "initial_metadata"),
+        (&envoy, "authority"),
+    ] {
+        if at.has(field) {
+            return Err(at.refuse(field, "is not supported for a management server yet"));
+        }
+    }
     let name = envoy.required_text("cluster_name")?;
     let clusters = bootstrap
         .message("static_resources")

@@ -12,11 +12,11 @@ use super::model::{Balance, ClusterKind, Endpoint};
 use super::re2;
 use super::schema::At;
 use super::translate::{Sockets, socket_address};
-use super::translate_route::is_value;
 use crate::balance::policy::{By, Cookie, HashPolicy};
 use crate::balance::subset::{Config as Subsets, Criteria, Fallback, Fields, Selector};
 use crate::balance::{Locality, SlowStart, Spread};
 use crate::health::{Eds, State};
+use crate::route::is_value;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 

@@ -4,17 +4,19 @@
 //! |---|---|
 //! | `rbac` | [`super::rbac`]; metadata but claims, and filter state are refused |
 //! | `fault`, `cors` | [`super::route_policy`]; what the route says goes before what the filter says |
-//! | `jwt_authn` | [`super::jwt`]; keys come with the configuration |
+//! | `jwt_authn` | [`super::jwt`]; keys come with the configuration, or are fetched |
+//! | `ext_authz` | [`super::ext_authz`]; gRPC and HTTP |
 //! | `local_ratelimit` | [`super::ratelimit`]; what the route says replaces what the filter says |
 //! | `set_filter_state` | only `envoy.network.application_protocols`: what is offered to endpoints in TLS |
 //! | `grpc_stats` | accepted, counts nothing |
 //! | `router` | last |
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::ConfigError;
 use super::schema::At;
-use super::{jwt, ratelimit, rbac, route_policy, translate_route};
+use super::{ext_authz, jwt, ratelimit, rbac, route_policy, translate_route};
 use crate::http1::policy::{ClientCert, EscapedSlashes, Forwarding, HttpFilter, HttpPolicy, PathPolicy};
 use crate::stats::{self, Registry};
 
@@ -24,7 +26,12 @@ type Result<T> = std::result::Result<T, ConfigError>;
 const PROTOCOLS: &str = "envoy.network.application_protocols";
 
 /// Reads what `at`, an `HttpConnectionManager` of the statistics prefix `prefix`, does to requests.
-pub(super) fn policy(at: &At, prefix: &str, registry: &Registry) -> Result<HttpPolicy> {
+pub(super) fn policy(
+    at: &At,
+    prefix: &str,
+    registry: &Registry,
+    clusters: &HashMap<String, usize>,
+) -> Result<HttpPolicy> {
     let mut policy = HttpPolicy {
         path: path_policy(at)?,
         client_cert: client_cert(at)?,
@@ -41,7 +48,7 @@ pub(super) fn policy(at: &At, prefix: &str, registry: &Registry) -> Result<HttpP
         return Err(at.refuse("http_filters", "the router filter must be given"));
     };
     for filter in before {
-        add(&mut policy, filter, prefix, registry)?;
+        add(&mut policy, filter, prefix, (registry, clusters))?;
     }
     let router = config(last)?;
     if router.type_name() != "envoy.extensions.filters.http.router.v3.Router" {
@@ -57,7 +64,12 @@ fn config(filter: &At) -> Result<At> {
         .ok_or_else(|| filter.refuse("typed_config", "must be given"))
 }
 
-fn add(policy: &mut HttpPolicy, filter: &At, prefix: &str, registry: &Registry) -> Result<()> {
+fn add(
+    policy: &mut HttpPolicy,
+    filter: &At,
+    prefix: &str,
+    (registry, clusters): (&Registry, &HashMap<String, usize>),
+) -> Result<()> {
     let config = config(filter)?;
     let expect = |name: &str| {
         // Routes speak to a filter by its name, so it must be the one they use.
@@ -88,8 +100,13 @@ fn add(policy: &mut HttpPolicy, filter: &At, prefix: &str, registry: &Registry) 
         "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication" => {
             // Access rules know claims by this name.
             expect("envoy.filters.http.jwt_authn")?;
-            let filter = jwt::filter(&config, prefix, registry)?;
+            let filter = jwt::filter(&config, prefix, registry, clusters)?;
             policy.filters.push(HttpFilter::Jwt(Box::new(filter)));
+        }
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz" => {
+            expect("envoy.filters.http.ext_authz")?;
+            let filter = ext_authz::filter(&config, prefix, registry, clusters)?;
+            policy.filters.push(HttpFilter::ExtAuthz(Box::new(filter)));
         }
         "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit" => {
             expect("envoy.filters.http.local_ratelimit")?;

@@ -1,13 +1,18 @@
 //! `JwtAuthentication` into [`crate::jwt`]'s forms.
 //!
-//! Keys come with the configuration (`local_jwks`), as istiod writes them; `remote_jwks` is refused by name.
+//! Keys come with the configuration (`local_jwks`), as istiod writes them, or from a service (`remote_jwks`).
+
+use std::collections::HashMap;
+use std::time::Duration;
 
 use super::ConfigError;
+use super::ext_authz::http_uri;
 use super::rbac::named;
 use super::schema::At;
 use super::translate_route::{data_source, route_match};
 use crate::jwt::keys::Keys;
-use crate::jwt::{Filter, Provider, Requirement, Source};
+use crate::jwt::remote::Remote;
+use crate::jwt::{Filter, KeySet, Provider, Requirement, Source};
 use crate::stats::{self, Registry};
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -16,10 +21,18 @@ type Result<T> = std::result::Result<T, ConfigError>;
 const SKEW: u32 = 60;
 
 /// `envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication`; `prefix` is the connection manager's.
-pub(super) fn filter(at: &At, prefix: &str, registry: &Registry) -> Result<Filter> {
+pub(super) fn filter(
+    at: &At,
+    prefix: &str,
+    registry: &Registry,
+    clusters: &HashMap<String, usize>,
+) -> Result<Filter> {
     let mut all = named(at, "providers");
     all.sort_by(|a, b| a.0.cmp(&b.0));
-    let providers = all.iter().map(|(_, at)| provider(at)).collect::<Result<_>>()?;
+    let providers = all
+        .iter()
+        .map(|(_, at)| provider(at, clusters))
+        .collect::<Result<_>>()?;
     let names: Vec<String> = all.into_iter().map(|(name, _)| name).collect();
     let rule = |at: &At| {
         let Some(matcher) = at.message("match") else {
@@ -37,11 +50,34 @@ pub(super) fn filter(at: &At, prefix: &str, registry: &Registry) -> Result<Filte
     })
 }
 
-fn provider(at: &At) -> Result<Provider> {
-    let Some(local) = at.message("local_jwks") else {
-        return Err(at.refuse("local_jwks", "must be given; keys are not fetched yet"));
+/// `cache_duration` where there is none.
+const KEPT: Duration = Duration::from_secs(600);
+
+fn keys(at: &At, clusters: &HashMap<String, usize>) -> Result<KeySet> {
+    if let Some(local) = at.message("local_jwks") {
+        let keys = Keys::parse(&data_source(&local)?).map_err(|e| at.refuse("local_jwks", e))?;
+        return Ok(KeySet::Local(keys));
+    }
+    let Some(remote) = at.message("remote_jwks") else {
+        return Err(at.refuse("local_jwks", "local_jwks or remote_jwks must be given"));
     };
-    let keys = Keys::parse(&data_source(&local)?).map_err(|e| at.refuse("local_jwks", e))?;
+    let Some(uri) = remote.message("http_uri") else {
+        return Err(remote.refuse("http_uri", "must be given"));
+    };
+    let (text, cluster, timeout) = http_uri(&uri, clusters)?;
+    let parsed: http::Uri = text.parse().map_err(|_| uri.refuse("uri", "is no URI"))?;
+    let Some(authority) = parsed.authority() else {
+        return Err(uri.refuse("uri", "must name a host: http://HOST/PATH"));
+    };
+    let path = parsed.path_and_query().map_or("/", |path| path.as_str());
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {authority}\r\n\r\n");
+    let kept = remote.duration("cache_duration")?.unwrap_or(KEPT);
+    let remote = Remote::new(request.into_bytes(), cluster, timeout, kept);
+    Ok(KeySet::Remote(Box::new(remote)))
+}
+
+fn provider(at: &At, clusters: &HashMap<String, usize>) -> Result<Provider> {
+    let keys = keys(at, clusters)?;
     let header = |at: &At| {
         let name = at.required_text("name")?.to_ascii_lowercase();
         Ok(Source::Header(

@@ -10,6 +10,7 @@ mod access_log;
 pub mod ads;
 mod balancing;
 pub mod dump;
+mod ext_authz;
 pub mod files;
 pub mod fuzz;
 mod health;

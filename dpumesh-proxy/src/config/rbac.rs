@@ -60,6 +60,7 @@ fn shadow(rules: Policies, prefix: String, stats: &Arc<Scope>, registry: &Regist
                 stats::Rbac::ShadowAllowed.into(),
                 stats::Rbac::ShadowDenied.into(),
             ],
+            prefix,
         };
     }
     let name = format!("{}.{}", stats.name(), prefix.trim_end_matches('.'));
@@ -70,6 +71,7 @@ fn shadow(rules: Policies, prefix: String, stats: &Arc<Scope>, registry: &Regist
             stats::RbacShadow::Allowed.into(),
             stats::RbacShadow::Denied.into(),
         ],
+        prefix,
     }
 }
 
@@ -105,7 +107,7 @@ pub(super) fn named(at: &At, field: &str) -> Vec<(String, At)> {
 }
 
 fn policy(name: &str, at: &At) -> Result<Policy> {
-    let name: String = name.split_whitespace().collect::<Vec<_>>().join("_");
+    let joined: String = name.split_whitespace().collect::<Vec<_>>().join("_");
     let rules = |field: &str, rule: fn(&At) -> Result<Rule>| -> Result<Vec<Rule>> {
         let list = at.messages(field);
         if list.is_empty() {
@@ -114,7 +116,8 @@ fn policy(name: &str, at: &At) -> Result<Policy> {
         list.iter().map(rule).collect()
     };
     Ok(Policy {
-        details: format!("rbac_access_denied_matched_policy[{name}]"),
+        name: name.to_owned(),
+        details: format!("rbac_access_denied_matched_policy[{joined}]"),
         permissions: rules("permissions", permission)?,
         principals: rules("principals", principal)?,
     })
@@ -222,7 +225,7 @@ fn claim(at: &At) -> Result<Rule> {
 }
 
 /// `ValueMatcher`.
-fn value_match(at: &At) -> Result<ClaimMatch> {
+pub(super) fn value_match(at: &At) -> Result<ClaimMatch> {
     if let Some(text) = at.message("string_match") {
         return Ok(ClaimMatch::Text(string_match(&text)?));
     }

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::ConfigError;
-use super::ratelimit;
 use super::schema::At;
-use super::translate_route::{header_match, is_value, string_match};
+use super::translate_route::{header_match, string_match};
+use super::{ext_authz, ratelimit};
+use crate::ext_authz::PerRoute;
 use crate::ratelimit::LocalRate;
 use crate::route::cors::Cors;
 use crate::route::fault::{Fault, Percentage};
+use crate::route::is_value;
 use crate::route::retry::{RetryOn, RetryPolicy};
 use crate::stats::Registry;
 
@@ -21,6 +23,7 @@ pub(super) struct PerFilter {
     pub(super) fault: Option<Arc<Fault>>,
     pub(super) cors: Option<Arc<Cors>>,
     pub(super) local_rate: Option<Arc<LocalRate>>,
+    pub(super) ext_authz: Option<Arc<PerRoute>>,
 }
 
 /// Reads `typed_per_filter_config`; what it does not say is `outer`'s.
@@ -39,6 +42,13 @@ pub(super) fn per_filter(at: &At, outer: &PerFilter, registry: &Registry) -> Res
                 "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
             ) => {
                 all.local_rate = Some(ratelimit::http(&config, registry)?);
+            }
+            (
+                "envoy.filters.http.ext_authz",
+                "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
+            ) => {
+                let per_route = ext_authz::per_route(&config, all.ext_authz.as_deref())?;
+                all.ext_authz = Some(Arc::new(per_route));
             }
             (name, kind) => {
                 return Err(config.refuse("", format!("{kind} for filter {name:?} is not supported yet")));

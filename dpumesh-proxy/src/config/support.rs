@@ -242,6 +242,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "issuer",
             "audiences",
             "local_jwks",
+            "remote_jwks",
             "clock_skew_seconds",
             "from_headers",
             "from_params",
@@ -252,6 +253,10 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "payload_in_metadata",
             "normalize_payload_in_metadata",
         ],
+    ),
+    (
+        "envoy.extensions.filters.http.jwt_authn.v3.RemoteJwks",
+        &["http_uri", "cache_duration"],
     ),
     (
         "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider.NormalizePayload",
@@ -305,6 +310,7 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     ("envoy.type.matcher.v3.ListMatcher", &["one_of"]),
     ("envoy.type.matcher.v3.OrMatcher", &["value_matchers"]),
+    ("envoy.type.matcher.v3.ListStringMatcher", &["patterns"]),
     (
         "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         &[
@@ -1098,8 +1104,76 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         "envoy.config.core.v3.ApiConfigSource",
         &["api_type", "transport_api_version", "grpc_services"],
     ),
-    ("envoy.config.core.v3.GrpcService", &["envoy_grpc"]),
-    ("envoy.config.core.v3.GrpcService.EnvoyGrpc", &["cluster_name"]),
+    (
+        "envoy.config.core.v3.GrpcService",
+        &["envoy_grpc", "timeout", "initial_metadata"],
+    ),
+    (
+        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
+        &["cluster_name", "authority"],
+    ),
+    ("envoy.config.core.v3.HttpUri", &["uri", "cluster", "timeout"]),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+        &[
+            "grpc_service",
+            "http_service",
+            "transport_api_version",
+            "failure_mode_allow",
+            "failure_mode_allow_header_add",
+            "with_request_body",
+            "clear_route_cache",
+            "status_on_error",
+            "filter_enabled",
+            "filter_enabled_metadata",
+            "deny_at_disable",
+            "include_peer_certificate",
+            "stat_prefix",
+            "allowed_headers",
+            "disallowed_headers",
+            "include_tls_session",
+            "encode_raw_headers",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.BufferSettings",
+        &["max_request_bytes", "allow_partial_message", "pack_as_bytes"],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.HttpService",
+        &[
+            "server_uri",
+            "path_prefix",
+            "path_override",
+            "authorization_request",
+            "authorization_response",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.AuthorizationRequest",
+        &["allowed_headers", "headers_to_add"],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.AuthorizationResponse",
+        &[
+            "allowed_upstream_headers",
+            "allowed_upstream_headers_to_append",
+            "allowed_client_headers",
+            "allowed_client_headers_on_success",
+        ],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
+        &["disabled", "check_settings"],
+    ),
+    (
+        "envoy.extensions.filters.http.ext_authz.v3.CheckSettings",
+        &[
+            "context_extensions",
+            "disable_request_body_buffering",
+            "with_request_body",
+        ],
+    ),
     ("envoy.config.core.v3.AggregatedConfigSource", &[]),
     (
         "envoy.config.core.v3.Metadata",

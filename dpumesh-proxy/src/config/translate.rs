@@ -311,7 +311,7 @@ impl Context<'_> {
             "HTTP2" => Codec::Http2,
             other => return Err(at.refuse("codec_type", format!("{other} is not supported yet"))),
         };
-        let policy = http_filters::policy(at, &prefix, self.registry)?;
+        let policy = http_filters::policy(at, &prefix, self.registry, &self.clusters)?;
         let common = at.message("common_http_protocol_options");
         let common = common.unwrap_or_else(|| At::new(empty("envoy.config.core.v3.HttpProtocolOptions"), ""));
         let http1 = at.message("http_protocol_options");
@@ -329,7 +329,7 @@ impl Context<'_> {
         let server_name = Some(at.text("server_name"))
             .filter(|n| !n.is_empty())
             .unwrap_or_else(|| "envoy".to_owned());
-        if !translate_route::is_value(server_name.as_bytes()) {
+        if !crate::route::is_value(server_name.as_bytes()) {
             return Err(at.refuse("server_name", "is not a valid header value"));
         }
         let max_kib = at.number_or("max_request_headers_kb", 60);

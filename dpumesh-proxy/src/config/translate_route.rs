@@ -17,7 +17,7 @@ use crate::route::upgrade::{CONNECT, Upgrade, Upgrades};
 use crate::route::{
     Action, AddHeader, AddHow, Forward, HeaderChanges, HeaderMatch, Mirror, PathMatch, PathRewrite,
     QueryMatch, Redirect, RedirectPath, Route, RouteMatch, RouteTable, StreamDuration, Target, Text,
-    TextMatch, ValueMatch, VirtualHost,
+    TextMatch, ValueMatch, VirtualHost, is_value, may_change,
 };
 use crate::stats::Registry;
 
@@ -124,6 +124,7 @@ fn route(at: &At, clusters: &Clusters, validate: bool, limit: usize, filters: Pe
         headers: header_changes(at)?,
         fault: filters.fault,
         cors: filters.cors,
+        ext_authz: filters.ext_authz,
         local_rate: filters.local_rate,
     })
 }
@@ -515,32 +516,11 @@ pub(super) fn add_header(at: &At) -> Result<AddHeader> {
     })
 }
 
-/// Names that belong to the framing or to the request line are not the configuration's to change.
-fn may_change(name: &[u8]) -> bool {
-    const FRAMING: [&[u8]; 9] = [
-        b"host",
-        b"content-length",
-        b"transfer-encoding",
-        b"connection",
-        b"upgrade",
-        b"keep-alive",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-    ];
-    !name.is_empty() && name.iter().all(|b| crate::http1::is_token(*b)) && !FRAMING.contains(&name)
-}
-
 fn refused_name(name: &[u8]) -> String {
     format!(
         "header {:?} cannot be added or removed",
         String::from_utf8_lossy(name)
     )
-}
-
-/// Visible octets, spaces, tabs and bytes above ASCII.
-pub(super) fn is_value(value: &[u8]) -> bool {
-    value.iter().all(|b| *b == b'\t' || (*b >= 0x20 && *b != 0x7f))
 }
 
 fn checked_value(at: &At, field: &str) -> Result<Option<Vec<u8>>> {

@@ -86,6 +86,17 @@ struct Kept {
     most: usize,
 }
 
+/// The body as far as it stands in `unread`, and whether that is all of it.
+///
+/// # Errors
+/// Malformed framing.
+pub fn peek(framing: Framing, unread: &[u8]) -> Result<(Vec<u8>, bool), FlowError> {
+    let mut flow = Flow::new(framing, Out::Plain);
+    let mut body = Vec::new();
+    flow.decode(&mut Buffer::from(unread), &mut body, true)?;
+    Ok((body, flow.read_all()))
+}
+
 impl Flow {
     /// A flow of a body framed as `framing` on the way in, `out` on the way out.
     pub fn new(framing: Framing, out: Out) -> Self {

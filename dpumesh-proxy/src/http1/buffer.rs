@@ -30,6 +30,17 @@ pub struct Buffer {
     small: bool,
 }
 
+impl From<&[u8]> for Buffer {
+    /// These octets, unread.
+    fn from(unread: &[u8]) -> Self {
+        Self {
+            data: unread.to_vec(),
+            end: unread.len(),
+            ..Self::default()
+        }
+    }
+}
+
 impl Buffer {
     /// A buffer that begins small and grows for a head only.
     pub fn small() -> Self {
@@ -73,6 +84,22 @@ impl Buffer {
     pub fn keep_head(&mut self, n: usize) {
         self.start += n;
         self.floor = self.start;
+    }
+
+    /// Puts octets behind the head, and keeps them with it; where they begin.
+    pub fn extend_head(&mut self, octets: &[u8]) -> usize {
+        let (at, grown) = (self.floor, self.floor + octets.len());
+        if self.start < grown {
+            let unread = self.end - self.start;
+            if self.data.len() < grown + unread {
+                self.data.resize(grown + unread, 0);
+            }
+            self.data.copy_within(self.start..self.end, grown);
+            (self.start, self.end) = (grown, grown + unread);
+        }
+        self.data[at..grown].copy_from_slice(octets);
+        self.floor = grown;
+        at
     }
 
     /// Forgets the head and moves what is unread to the front.
@@ -135,6 +162,25 @@ impl Buffer {
                 let doubled = self.data.len() * 2;
                 self.data.resize(doubled, 0);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_that_grows_leaves_what_is_unread() {
+        for consumed in [0, 2, 20] {
+            let mut buffer = Buffer::from(b"headbody of twenty octets".as_slice());
+            buffer.keep_head(4);
+            buffer.consume(consumed);
+            let left = buffer.unread().to_vec();
+            let (first, second) = (buffer.extend_head(b"+line"), buffer.extend_head(b"+another"));
+            assert_eq!((first, second), (4, 9));
+            assert_eq!(buffer.head(), b"head+line+another");
+            assert_eq!(buffer.unread(), left);
         }
     }
 }

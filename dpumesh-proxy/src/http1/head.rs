@@ -223,6 +223,17 @@ impl Fields {
         self.fields.retain(|f| f.name.of_head(head) != name);
     }
 
+    /// Adds a line whose name (lower case) and value now stand in the head, from `at` on, one behind the other.
+    pub(crate) fn add(&mut self, at: usize, name: &[u8], value: usize) {
+        let (start, middle) = (at as u32, (at + name.len()) as u32);
+        let end = middle + value as u32;
+        self.fields.push(Field {
+            name: Span { start, end: middle },
+            value: Span { start: middle, end },
+            kind: kind(name),
+        });
+    }
+
     fn clear(&mut self) {
         self.fields.clear();
         self.framing = Framing::None;

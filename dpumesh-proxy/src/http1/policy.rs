@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::ext_authz;
 use crate::jwt;
 use crate::ratelimit::LocalRate;
 use crate::rbac;
@@ -36,6 +37,8 @@ pub enum HttpFilter {
     Fault(Option<Arc<Fault>>, Arc<Scope>),
     /// `envoy.filters.http.jwt_authn`
     Jwt(Box<jwt::Filter>),
+    /// `envoy.filters.http.ext_authz`
+    ExtAuthz(Box<ext_authz::Filter>),
     /// `envoy.filters.http.local_ratelimit`: for requests whose route says nothing, this.
     LocalRate(Arc<LocalRate>),
     /// `envoy.filters.http.cors`: what the route says; and `http.PREFIX.cors.*`.

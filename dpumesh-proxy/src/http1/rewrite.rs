@@ -261,11 +261,6 @@ impl<'a> Changes<'a> {
         self.response.steps.extend(headers.iter().map(Step::Add));
     }
 
-    /// Adds headers to the request, before anything that the levels change.
-    pub(super) fn add_to_request_first(&mut self, headers: &'a [AddHeader]) {
-        self.request.steps.splice(0..0, headers.iter().map(Step::Add));
-    }
-
     pub(super) fn of(levels: &[Option<&'a HeaderChanges>]) -> Self {
         let mut changes = Self::default();
         for level in levels.iter().flatten().filter(|l| !l.is_empty()) {

@@ -9,6 +9,7 @@
 
 pub mod fuzz;
 pub mod keys;
+pub mod remote;
 pub mod token;
 
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use self::keys::Keys;
+use self::remote::Remote;
 use self::token::{Fault, Token};
 use crate::route::{RequestView, RouteMatch};
 use crate::stats::Scope;
@@ -41,7 +43,7 @@ pub struct Provider {
     /// One of these must be in `aud`; empty is anything.
     pub audiences: Vec<String>,
     /// Its keys.
-    pub keys: Keys,
+    pub keys: KeySet,
     /// By how many seconds clocks may differ.
     pub skew: u64,
     /// Where its tokens stand.
@@ -54,6 +56,24 @@ pub struct Provider {
     pub payload_key: Option<String>,
     /// Claims that are lists written as words.
     pub words: Vec<String>,
+}
+
+/// Where a provider's keys come from.
+#[derive(Debug)]
+pub enum KeySet {
+    /// The configuration.
+    Local(Keys),
+    /// A service, which is asked when a token is to be verified.
+    Remote(Box<Remote>),
+}
+
+impl KeySet {
+    fn verify(&self, token: &Token) -> Result<(), Fault> {
+        match self {
+            Self::Local(keys) => keys.verify(token),
+            Self::Remote(remote) => remote.verify(token),
+        }
+    }
 }
 
 /// Where a token stands.
@@ -120,7 +140,34 @@ impl Filter {
         rule.and_then(|(_, requirement)| requirement.as_ref())
     }
 
-    /// Decides at `now` (seconds since 1970).
+    /// The providers whose keys are to be fetched before this request's tokens can be verified.
+    pub fn unfetched(&self, requirement: &Requirement, request: &impl RequestView) -> Vec<&Remote> {
+        let mut concerned = Vec::new();
+        self.concerned(requirement, &mut concerned);
+        let remote = |index: usize| match &self.providers[index].keys {
+            KeySet::Remote(remote) => Some(&**remote),
+            KeySet::Local(_) => None,
+        };
+        let has_token = |index: usize| {
+            let mut sources = self.providers[index].sources.iter();
+            sources.any(|source| !source.find(request).is_empty())
+        };
+        let due = |index: &usize| remote(*index).is_some_and(Remote::is_due) && has_token(*index);
+        concerned.into_iter().filter(due).filter_map(remote).collect()
+    }
+
+    /// The providers that a requirement may look at.
+    fn concerned(&self, requirement: &Requirement, out: &mut Vec<usize>) {
+        match requirement {
+            Requirement::Provider(index, _) => out.push(*index),
+            Requirement::Any(list) | Requirement::All(list) => {
+                list.iter().for_each(|one| self.concerned(one, out));
+            }
+            Requirement::Missing | Requirement::MissingOrFailed => out.extend(0..self.providers.len()),
+        }
+    }
+
+    /// Decides at `now` (seconds since 1970). Keys that come from a service must have been fetched.
     ///
     /// # Errors
     /// What is wrong with the token, or that there is none.

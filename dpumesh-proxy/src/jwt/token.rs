@@ -38,6 +38,7 @@ pub enum Fault {
     Audience,
     Signature,
     NoKey,
+    Fetch,
 }
 
 impl Fault {
@@ -65,6 +66,7 @@ impl Fault {
             Self::UnknownIssuer => "Jwt issuer is not configured",
             Self::Audience => "Audiences in Jwt are not allowed",
             Self::Signature => "Jwt verification fails",
+            Self::Fetch => "Jwks remote fetch is failed",
             Self::NoKey => "Jwks doesn't have key to match kid or alg from Jwt",
         }
     }

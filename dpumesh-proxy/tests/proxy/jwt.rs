@@ -1,13 +1,19 @@
 //! JSON Web Tokens, and access rules on their claims, as istiod writes them for RequestAuthentication and
 //! AuthorizationPolicy. Each case is checked at Envoy too.
 
+use std::io::{BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Value, json};
 
 use crate::envoy::at_both;
-use crate::harness::{Client, Endpoint, Message, bootstrap_with, cluster};
+use crate::harness::{Client, Endpoint, Message, bootstrap_with, cluster, read_message};
 
 const JWT: &str = "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication";
 const RBAC: &str = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC";
@@ -365,4 +371,78 @@ fn access_rules_know_claims() {
             }
         },
     );
+}
+
+/// A service that has keys and counts how often it was asked; without keys it says 500.
+fn key_server(keys: Option<String>) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            while let Ok(Some(request)) = read_message(&mut reader, false, false) {
+                assert_eq!(request.first, "GET /keys?x=1 HTTP/1.1");
+                assert_eq!(request.header("host"), Some("issuer.example"));
+                seen.fetch_add(1, Ordering::SeqCst);
+                // So that others come meanwhile.
+                std::thread::sleep(Duration::from_millis(50));
+                let answer = match &keys {
+                    Some(keys) => format!("200 OK\r\ncontent-length: {}\r\n\r\n{keys}", keys.len()),
+                    None => "500 No\r\ncontent-length: 0\r\n\r\n".to_owned(),
+                };
+                if stream.write_all(format!("HTTP/1.1 {answer}").as_bytes()).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    (address, asked)
+}
+
+#[test]
+fn keys_are_fetched_once_and_kept() {
+    let issuer = Issuer::new("https://issuer.example", "k1");
+    let (token, keys) = (issuer.token(&json!({})), issuer.keys());
+    for (keys, status, text) in [(Some(keys), 200, ""), (None, 401, "Jwks remote fetch is failed")] {
+        let (server, asked) = key_server(keys);
+        at_both(
+            |endpoint, _| {
+                asked.store(0, Ordering::SeqCst);
+                let config = "providers: {p: {issuer: \"https://issuer.example\", remote_jwks: {http_uri: {uri: \"https://issuer.example/keys?x=1\", cluster: keys, timeout: 5s}, cache_duration: 300s}}}, \
+                     rules: [{match: {prefix: /}, requires: {provider_name: p}}]";
+                let clusters = format!(
+                    "[{}, {}]",
+                    cluster("app", &[endpoint.address], ""),
+                    cluster("keys", &[server], "")
+                );
+                bootstrap_with(ALL, &clusters, "", &filter(config), "")
+            },
+            |subject, _| {
+                // Without a token nobody is asked.
+                let answer = get(&mut subject.client(), "/", "");
+                assert_eq!((answer.status(), answer.text().as_str()), (401, "Jwt is missing"));
+                assert_eq!(asked.load(Ordering::SeqCst), 0);
+                let requests = || {
+                    let answer = get(&mut subject.client(), "/", &bearer(&token));
+                    assert_eq!(answer.status(), status, "{}", subject.name());
+                    if status != 200 {
+                        assert_eq!(answer.text(), text, "{}", subject.name());
+                    }
+                };
+                requests();
+                std::thread::scope(|all| (0..8).for_each(|_| drop(all.spawn(requests))));
+                requests();
+                let asked = asked.load(Ordering::SeqCst);
+                if status == 200 {
+                    assert_eq!(asked, 1, "{}", subject.name());
+                    subject.await_value("http.web.jwt_authn.jwks_fetch_success", 1);
+                } else {
+                    assert!(asked >= 1, "{}", subject.name());
+                    subject.await_stat("http.web.jwt_authn.jwks_fetch_failed", 1);
+                }
+            },
+        );
+    }
 }

@@ -3,6 +3,7 @@
 mod balance;
 mod config;
 mod envoy;
+mod ext_authz;
 mod floods;
 mod framing;
 mod h2spec;

@@ -223,6 +223,18 @@ impl At {
         }
         Ok(inner)
     }
+
+    /// The pairs of a `map<string, string>` field, by key.
+    pub fn text_map(&self, field: &str) -> Vec<(String, String)> {
+        let Some(Value::Map(items)) = self.value(field) else {
+            return Vec::new();
+        };
+        let pairs = items.iter();
+        let pairs = pairs.filter_map(|(k, v)| Some((k.as_str()?.to_owned(), v.as_str()?.to_owned())));
+        let mut pairs: Vec<_> = pairs.collect();
+        pairs.sort();
+        pairs
+    }
 }
 
 /// Takes the value out of a `google.protobuf.*Value` wrapper; anything else stays as it is.

@@ -1,20 +1,28 @@
 //! Tokens of a request: verified, taken out where they go no further, their claims kept for the access rules behind.
 
 use std::borrow::Cow;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
+use tokio::time::timeout;
 
 use super::filters::{Filtered, Passing};
 use super::local::Reply;
 use super::{Outcome, Session};
+use crate::callout;
 use crate::http1::rewrite;
+use crate::jwt::remote::Remote;
 use crate::jwt::token::Fault;
 use crate::jwt::{Filter, Source, Verified};
-use crate::route::{AddHeader, AddHow, RequestView};
+use crate::route::RequestView;
 use crate::stats::Jwt as Stat;
 use crate::worker::Buffers;
+
+/// Octets of a key set that are taken.
+const LONGEST_KEYS: usize = 1 << 20;
 
 impl Session {
     /// Runs the filter; `Err` when it refused the request.
@@ -23,7 +31,7 @@ impl Session {
         buffers: &mut Buffers,
         passing: &Passing<'_, '_>,
         filter: &Filter,
-        filtered: &mut Filtered,
+        filtered: &mut Filtered<'_>,
     ) -> Result<(), Outcome> {
         let shard = self.worker.shard;
         if filter.bypass_preflight && is_preflight(buffers) {
@@ -32,6 +40,17 @@ impl Session {
             return Ok(());
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unfetched = {
+            let view = self.view(buffers, passing);
+            let requirement = filter.requirement(&view);
+            requirement.map_or_else(Vec::new, |r| filter.unfetched(r, &view))
+        };
+        for remote in unfetched {
+            let fetching = self.fetch(filter, remote);
+            if self.meanwhile(buffers, fetching).await.is_err() {
+                return Err(self.gone(passing));
+            }
+        }
         let verified = {
             let view = self.view(buffers, passing);
             match filter.requirement(&view) {
@@ -60,6 +79,43 @@ impl Session {
                 let mut outcome = self.reply(buffers, reply).await;
                 outcome.details = Cow::Owned(fault.details());
                 Err(outcome)
+            }
+        }
+    }
+
+    /// Fetches a provider's keys, if nobody else does.
+    fn fetch<'f>(&self, filter: &'f Filter, remote: &'f Remote) -> impl Future<Output = ()> + use<'f> {
+        let lane = remote.cluster.index.and_then(|i| self.program.lanes.get(i));
+        let lane = lane.map(Rc::clone);
+        let worker = Rc::clone(&self.worker);
+        let peer = callout::asks_for(&self.peer, self.place.listener.direction);
+        async move {
+            let Some(_turn) = remote.turn().await else {
+                return;
+            };
+            let shard = worker.shard;
+            let answer = match lane {
+                Some(lane) => {
+                    let call = callout::call(worker, lane, peer, remote.request.clone(), LONGEST_KEYS);
+                    timeout(remote.timeout.unwrap_or(Duration::MAX), call).await
+                }
+                None => Ok(Err(io::Error::other("there is no such cluster"))),
+            };
+            let answer = match answer {
+                Ok(Ok(answer)) if answer.status == 200 => Ok(answer.body),
+                Ok(Ok(answer)) => Err(format!("status {}", answer.status)),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err("no answer in time".to_owned()),
+            };
+            let kept = remote.keep(answer.as_deref().ok());
+            let member = if kept.is_ok() {
+                Stat::JwksFetchSuccess
+            } else {
+                Stat::JwksFetchFailed
+            };
+            filter.stats.inc(shard, member);
+            if let Err(error) = answer.map(|_| ()).and(kept) {
+                tracing::warn!(cluster = %remote.cluster.name, %error, "no keys for tokens");
             }
         }
     }
@@ -96,7 +152,7 @@ fn is_preflight(buffers: &Buffers) -> bool {
 }
 
 /// Does with good tokens what their providers say.
-fn take(buffers: &mut Buffers, filter: &Filter, verified: Verified, filtered: &mut Filtered) {
+fn take(buffers: &mut Buffers, filter: &Filter, verified: Verified, filtered: &mut Filtered<'_>) {
     for (index, token) in &verified.tokens {
         let provider = &filter.providers[*index];
         if let Some((name, pad)) = &provider.payload_header {
@@ -105,12 +161,7 @@ fn take(buffers: &mut Buffers, filter: &Filter, verified: Verified, filtered: &m
                 Ok(octets) if *pad => URL_SAFE.encode(octets),
                 _ => payload.to_owned(),
             };
-            filtered.request.push(AddHeader {
-                name: name.clone(),
-                value: value.into_bytes(),
-                template: None,
-                how: AddHow::Append,
-            });
+            buffers.add_to_request(name, value.as_bytes());
         }
         if !provider.forward {
             for source in &provider.sources {

@@ -23,7 +23,7 @@ use crate::worker::Buffers;
 pub(super) const AHEAD: usize = 64 * 1024;
 
 /// Largest response head, octets, interim ones before it included.
-pub(super) const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
+pub(crate) const LARGEST_RESPONSE_HEAD: usize = 64 * 1024;
 
 impl Session {
     /// Sends the request and waits for the response head. True when all of the request was sent by then.

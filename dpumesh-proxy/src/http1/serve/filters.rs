@@ -2,10 +2,9 @@
 
 use std::borrow::Cow;
 use std::future::poll_fn;
+use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
-
-use tokio::time::Instant;
 
 use super::exchange::AHEAD;
 use super::local::Reply;
@@ -25,16 +24,20 @@ use crate::worker::Buffers;
 
 /// What the filters leave for the rest of a request's way.
 #[derive(Debug, Default)]
-pub(super) struct Filtered {
+pub(super) struct Filtered<'a> {
     /// Headers for the response.
     pub(super) response: Vec<AddHeader>,
-    /// Headers for the request.
-    pub(super) request: Vec<AddHeader>,
     /// What the request's tokens say.
     pub(super) claims: Option<Box<Claims>>,
+    /// What shadow rules came to, for filters behind them.
+    pub(super) noted: Vec<rbac::Noted<'a>>,
     /// A fault held the request up: its time limits begin behind that.
     pub(super) delayed: bool,
 }
+
+/// The client went away.
+#[derive(Debug)]
+pub(super) struct Gone;
 
 /// Where a request is on its way through the filters.
 pub(super) struct Passing<'a, 'r> {
@@ -46,20 +49,22 @@ pub(super) struct Passing<'a, 'r> {
 
 impl Session {
     /// Runs the filters; `Err` when one of them answered.
-    pub(super) async fn filter(
+    pub(super) async fn filter<'a>(
         &mut self,
         buffers: &mut Buffers,
-        passing: &Passing<'_, '_>,
-    ) -> Result<Filtered, Outcome> {
+        passing: &Passing<'a, '_>,
+    ) -> Result<Filtered<'a>, Outcome> {
         let mut filtered = Filtered::default();
         for filter in &passing.manager.policy.filters {
             match filter {
                 HttpFilter::Rbac(filter) => {
-                    let claims = filtered.claims.as_deref();
-                    self.check_access(buffers, passing, filter, claims).await?;
+                    self.check_access(buffers, passing, filter, &mut filtered).await?;
                 }
                 HttpFilter::Jwt(filter) => {
                     self.authenticate(buffers, passing, filter, &mut filtered).await?;
+                }
+                HttpFilter::ExtAuthz(filter) => {
+                    self.authorize(buffers, passing, filter, &mut filtered).await?;
                 }
                 HttpFilter::LocalRate(own) => {
                     let of_route = passing.route.and_then(|r| r.local_rate.as_deref());
@@ -82,18 +87,20 @@ impl Session {
         Ok(filtered)
     }
 
-    async fn check_access(
+    async fn check_access<'a>(
         &mut self,
         buffers: &mut Buffers,
-        passing: &Passing<'_, '_>,
-        filter: &rbac::Filter,
-        claims: Option<&Claims>,
+        passing: &Passing<'a, '_>,
+        filter: &'a rbac::Filter,
+        filtered: &mut Filtered<'a>,
     ) -> Result<(), Outcome> {
         let mut connection = rbac::Connection::of(&self.peer);
-        connection.claims = claims;
+        connection.claims = filtered.claims.as_deref();
         connection.remote = forwarded_for(buffers).unwrap_or(connection.remote);
         let decision = {
             let view = self.view(buffers, passing);
+            let noted = filter.try_shadow(&connection, &view, self.worker.shard);
+            filtered.noted.extend(noted);
             filter.check(&connection, &view, self.worker.shard)
         };
         let Err(details) = decision else {
@@ -137,7 +144,7 @@ impl Session {
         buffers: &mut Buffers,
         passing: &Passing<'_, '_>,
         fault: &Fault,
-        (stats, filtered): (&crate::stats::Scope, &mut Filtered),
+        (stats, filtered): (&crate::stats::Scope, &mut Filtered<'_>),
     ) -> Result<(), Outcome> {
         if !fault.concerns(&self.view(buffers, passing)) {
             return Ok(());
@@ -150,9 +157,7 @@ impl Session {
             filtered.delayed = true;
             let waited = self.pause(buffers, pause).await;
             if waited.is_err() {
-                passing.manager.stats.inc(shard, Stat::RqRxReset);
-                let mut outcome = Outcome::new(0, "DC");
-                outcome.details = Cow::Borrowed("downstream_remote_disconnect");
+                let mut outcome = self.gone(passing);
                 outcome.besides.delayed = true;
                 return Err(outcome);
             }
@@ -179,18 +184,29 @@ impl Session {
     ///
     /// # Errors
     /// The client went away.
-    pub(super) async fn pause(&mut self, buffers: &mut Buffers, pause: Duration) -> Result<(), ()> {
-        let until = Instant::now() + pause;
-        let Self { stream, alarm, .. } = self;
-        let input = &mut buffers.request_in;
+    pub(super) async fn pause(&mut self, buffers: &mut Buffers, pause: Duration) -> Result<(), Gone> {
+        self.meanwhile(buffers, tokio::time::sleep(pause)).await
+    }
+
+    /// Does something else, while the client's connection stays open.
+    ///
+    /// # Errors
+    /// The client went away.
+    pub(super) async fn meanwhile<F: Future>(
+        &mut self,
+        buffers: &mut Buffers,
+        work: F,
+    ) -> Result<F::Output, Gone> {
+        let (stream, input) = (&mut self.stream, &mut buffers.request_in);
+        let mut work = pin!(work);
         poll_fn(|cx| {
-            if alarm.poll(cx, Some(until)).is_ready() {
-                return Poll::Ready(Ok(()));
+            if let Poll::Ready(done) = work.as_mut().poll(cx) {
+                return Poll::Ready(Ok(done));
             }
             while input.unread().len() < AHEAD {
                 match input.poll_fill(cx, stream) {
                     Poll::Ready(Ok(n)) if n > 0 => {}
-                    Poll::Ready(_) => return Poll::Ready(Err(())),
+                    Poll::Ready(_) => return Poll::Ready(Err(Gone)),
                     Poll::Pending => break,
                 }
             }
@@ -199,12 +215,20 @@ impl Session {
         .await
     }
 
+    /// What a request comes to whose client went away.
+    pub(super) fn gone(&self, passing: &Passing<'_, '_>) -> Outcome {
+        passing.manager.stats.inc(self.worker.shard, Stat::RqRxReset);
+        let mut outcome = Outcome::new(0, "DC");
+        outcome.details = Cow::Borrowed("downstream_remote_disconnect");
+        outcome
+    }
+
     async fn cors(
         &mut self,
         buffers: &mut Buffers,
         passing: &Passing<'_, '_>,
         cors: &Cors,
-        (stats, filtered): (&crate::stats::Scope, &mut Filtered),
+        (stats, filtered): (&crate::stats::Scope, &mut Filtered<'_>),
     ) -> Result<(), Outcome> {
         let head = buffers.request_in.head();
         let fields = &buffers.request.fields;

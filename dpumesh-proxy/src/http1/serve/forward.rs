@@ -25,8 +25,8 @@ use crate::http1::head::Framing;
 use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::route::Forward;
 use crate::route::upgrade::Tunnel;
-use crate::stats::{Cluster as ClusterStat, Shard};
-use crate::upstream::{Lane, NoConnection, Picked, Pooled};
+use crate::stats::Cluster as ClusterStat;
+use crate::upstream::{Active, Lane, NoConnection, Picked, Pooled};
 use crate::worker::{Buffers, Peer};
 
 /// A request on its way to a cluster: what every stage from here on has to know.
@@ -113,11 +113,11 @@ impl Session {
             let address = picked.endpoint.address;
             let reported = self.reporting.is_some();
             let workload = || picked.endpoint.workload.clone().filter(|_| reported);
-            let turn = if active.is_none() && is_full(lane) {
+            let turn = if active.is_none() && lane.is_full() {
                 stats.inc(shard, ClusterStat::RqPendingOverflow);
                 Turn::Broken(Broken::NotConnected(NoConnection::Overflow))
             } else {
-                active.get_or_insert_with(|| Active::new(lane, shard));
+                active.get_or_insert_with(|| Active::new(lane));
                 self.attempt(buffers, call, &picked, &mut attempts, &mut flow)
                     .await
             };
@@ -178,7 +178,7 @@ impl Session {
             earlier(call.deadline, call.stream_end).map(|at| at.saturating_duration_since(Instant::now()));
         let short = left.filter(|left| *left <= pause);
         let paused = self.pause(buffers, short.unwrap_or(pause)).await;
-        paused.map_err(|()| Failure::Client)?;
+        paused.map_err(|_| Failure::Client)?;
         if short.is_some() {
             Err(call.passed())
         } else {
@@ -336,12 +336,6 @@ enum Turn {
     Broken(Broken),
 }
 
-/// Whether the cluster takes no further request.
-pub(super) fn is_full(lane: &Lane) -> bool {
-    let cluster = &lane.cluster;
-    cluster.stats.get(ClusterStat::RqActive) >= u64::from(cluster.limits.max_requests)
-}
-
 /// Writes the request's head, and what is there of its body, to the buffer for the endpoint. `before` is how far the
 /// body had got in an earlier attempt.
 fn begin(
@@ -445,20 +439,4 @@ fn is_replayable(buffers: &Buffers) -> bool {
             method,
             b"GET" | b"HEAD" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE"
         )
-}
-
-/// Counts a request as active in its cluster.
-pub(super) struct Active<'a>(&'a Lane, Shard);
-
-impl<'a> Active<'a> {
-    pub(super) fn new(lane: &'a Lane, shard: Shard) -> Self {
-        lane.cluster.stats.inc(shard, ClusterStat::RqActive);
-        Self(lane, shard)
-    }
-}
-
-impl Drop for Active<'_> {
-    fn drop(&mut self) {
-        self.0.cluster.stats.dec(self.1, ClusterStat::RqActive);
-    }
 }

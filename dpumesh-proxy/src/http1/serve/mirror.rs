@@ -3,7 +3,6 @@
 //! A copy has the head that the first attempt has, for the host `HOST-shadow`. Its body is copied as it passes; a mirror
 //! that falls too far behind is given up, the request itself never waits and never fails for one.
 
-use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,15 +11,14 @@ use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
 use super::Session;
-use super::exchange::LARGEST_RESPONSE_HEAD;
-use super::forward::{Forwarding, is_full};
+use super::forward::Forwarding;
 use crate::balance::Ask;
-use crate::http1::body::{Flow, FlowError, Out};
+use crate::callout;
 use crate::http1::copy::{Piece, Reader, Writer, copy};
-use crate::http1::head::{Framing, Scan};
+use crate::http1::head::Framing;
 use crate::http1::rewrite;
 use crate::stats::Cluster as ClusterStat;
-use crate::upstream::{Lane, Pooled};
+use crate::upstream::{Active, Lane, Pooled};
 use crate::worker::{Buffers, Peer, Worker};
 
 /// Octets of a body that may wait for one mirror.
@@ -103,11 +101,11 @@ impl Copy {
             stats.inc(shard, ClusterStat::CxNoneHealthy);
             return;
         };
-        if is_full(&lane) {
+        if lane.is_full() {
             stats.inc(shard, ClusterStat::RqPendingOverflow);
             return;
         }
-        let _active = super::forward::Active::new(&lane, shard);
+        let _active = Active::new(&lane);
         let connection = match lane.take_idle(&picked, &self.peer, true) {
             Some(pooled) => Ok(pooled),
             None => lane.connect(&picked, &self.peer).await,
@@ -155,51 +153,10 @@ impl Copy {
                 }
             }
         }
-        let Buffers {
-            response_in,
-            response_out,
-            response,
-            ..
-        } = buffers;
-        let malformed = || io::Error::from(io::ErrorKind::InvalidData);
-        response_in.clear();
-        loop {
-            let mut scan = Scan::default();
-            let length = loop {
-                if let Some(length) = scan.find(response_in.unread()).map_err(|_| malformed())? {
-                    break length;
-                }
-                if response_in.unread().len() > LARGEST_RESPONSE_HEAD {
-                    return Err(malformed());
-                }
-                if poll_fn(|cx| response_in.poll_fill(cx, stream)).await? == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-            };
-            response
-                .parse(&mut response_in.unread_mut()[..length])
-                .map_err(|_| malformed())?;
-            response_in.consume(length);
-            match response.status {
-                101 => return Err(malformed()),
-                100..=199 => response_in.rewind(),
-                _ => break,
-            }
-        }
-        let framing = match response.fields.framing {
-            _ if self.bodiless || matches!(response.status, 204 | 304) => Framing::None,
-            framing => framing,
-        };
-        let mut rest = Flow::new(framing, Out::Plain);
-        response_out.clear();
+        callout::response_head(stream, buffers).await?;
         let mut nowhere = tokio::io::sink();
-        let taken = poll_fn(|cx| rest.poll(cx, stream, &mut nowhere, response_in, response_out)).await;
-        taken.map_err(|error| match error {
-            FlowError::Read(Some(error)) | FlowError::Write(error) => error,
-            FlowError::Read(None) => io::ErrorKind::UnexpectedEof.into(),
-            FlowError::Framing(_) => malformed(),
-        })?;
-        Ok(response.fields.persistent() && framing != Framing::Close && response_in.is_empty())
+        let (reusable, _) = callout::response_body(stream, buffers, self.bodiless, &mut nowhere).await?;
+        Ok(reusable)
     }
 }
 

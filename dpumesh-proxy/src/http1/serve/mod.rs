@@ -12,6 +12,7 @@
 
 mod attempts;
 mod authenticate;
+mod authorize;
 mod exchange;
 mod failure;
 mod filters;
@@ -37,6 +38,7 @@ use std::task::Poll;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+pub(crate) use self::exchange::LARGEST_RESPONSE_HEAD;
 pub(crate) use self::local::LINGER;
 use self::local::Reply;
 use self::read::Next;

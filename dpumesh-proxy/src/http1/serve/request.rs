@@ -265,7 +265,7 @@ impl Session {
         manager: &'a HttpManager,
         program: &'a Program,
         rewrite: &mut Rewrite<'a>,
-        (way, filtered): (Way<'a, '_>, &Filtered),
+        (way, filtered): (Way<'a, '_>, &Filtered<'_>),
         begun: Instant,
     ) -> Outcome {
         let Way {
@@ -301,7 +301,6 @@ impl Session {
                 let mut changes = Changes::of(&levels);
                 changes.add_to_response(&filtered.response);
                 changes.add_to_response(&cookies);
-                changes.add_to_request_first(&filtered.request);
                 let bodiless = buffers.request.fields.framing == Framing::None;
                 let deadline = rewrite.timeout(forward, buffers).map(|t| begun + t);
                 let stream_end = rewrite.stream_limit(manager, forward, buffers).map(|t| begun + t);
