@@ -532,6 +532,8 @@ fn cluster_json(cluster: &crate::config::model::Cluster) -> Value {
     let kind = match cluster.kind {
         ClusterKind::Static => "STATIC",
         ClusterKind::Eds => "EDS",
+        ClusterKind::StrictDns => "STRICT_DNS",
+        ClusterKind::LogicalDns => "LOGICAL_DNS",
         ClusterKind::OriginalDst => "ORIGINAL_DST",
     };
     let balance = match cluster.spread.balance {

@@ -20,6 +20,7 @@ mod callout;
 pub mod closing;
 pub mod config;
 pub mod dataplane;
+mod dns;
 pub mod entry;
 pub mod ext_authz;
 pub mod health;

@@ -25,9 +25,11 @@ use crate::admin;
 use crate::closing::{Closing, Which};
 use crate::config::ConfigError;
 use crate::config::ads;
+use crate::config::dns::Resolved;
 use crate::config::files::Files;
 use crate::config::model::Config;
 use crate::config::secret_files::SecretFiles;
+use crate::dns::{self, Resolver};
 use crate::health::keeper::Keeper;
 use crate::health::prober::Surroundings;
 use crate::health::{Report, Reporter};
@@ -309,8 +311,20 @@ impl Proxy {
         let registry = Arc::new(Registry::new(options.concurrency));
         let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
         let mut files = Files::open(&options.config_path)?;
-        let config = files.load(&registry, &sinks)?;
+        let mut config = files.load(&registry, &sinks)?;
         let ads = files.ads_server()?;
+        let (found, resolved) = mpsc::unbounded_channel();
+        let mut names = Names::new(options.stack_netns.clone(), found);
+        let first = names
+            .start(&config)
+            .map_err(Error::io("starting to look names up"))?;
+        if !first.is_empty() {
+            let mut accept = |fresh| {
+                config = fresh;
+                Ok(())
+            };
+            files.take_resolved(first, &registry, &sinks, &mut accept)?;
+        }
         let stored = Arc::new(Stored::default());
         let secrets = options
             .secrets
@@ -351,6 +365,7 @@ impl Proxy {
                 secrets: Arc::<SecretFiles>::clone(&shared.secrets),
                 reports: shared.reports.clone(),
             }),
+            names,
         };
         control.apply_first()?;
         shared
@@ -361,7 +376,13 @@ impl Proxy {
         }
         let thread = std::thread::Builder::new().name("control".to_owned());
         let control = thread
-            .spawn(move || control.run(admin, ads.map(|ads| (ads, stored)), (quits, stops, reported)))
+            .spawn(move || {
+                control.run(
+                    admin,
+                    ads.map(|ads| (ads, stored)),
+                    (quits, stops, reported, resolved),
+                )
+            })
             .map_err(Error::io("starting the control thread"))?;
         Ok(Self {
             shared,
@@ -479,11 +500,12 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
     Ok(workers)
 }
 
-/// What the control thread is told: to end, to stop listening, and what there is to judge of endpoints.
+/// What the control thread is told: to end, to stop listening, what there is to judge of endpoints, what names were found to be.
 type Orders = (
     mpsc::UnboundedReceiver<()>,
     mpsc::UnboundedReceiver<Which>,
     mpsc::UnboundedReceiver<Report>,
+    mpsc::UnboundedReceiver<Resolved>,
 );
 
 /// The control thread's own.
@@ -493,6 +515,57 @@ struct Control {
     files: Files,
     workers: Vec<Running>,
     keeper: Keeper,
+    names: Names,
+}
+
+/// Who looks names up, once there are any.
+#[derive(Debug)]
+struct Names {
+    netns: Option<PathBuf>,
+    found: dns::Reports,
+    resolver: Option<Resolver>,
+    /// The configuration whose names they are.
+    generation: u64,
+}
+
+impl Names {
+    fn new(netns: Option<PathBuf>, found: dns::Reports) -> Self {
+        Self {
+            netns,
+            found,
+            resolver: None,
+            generation: 0,
+        }
+    }
+
+    /// Begins with the names of `config`; what was found of them in a moment.
+    fn start(&mut self, config: &Config) -> std::io::Result<Vec<Resolved>> {
+        self.generation = config.generation;
+        if config.lookups.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (resolver, first) =
+            Resolver::start(self.netns.clone(), config.lookups.clone(), self.found.clone())?;
+        self.resolver = Some(resolver);
+        Ok(first)
+    }
+
+    /// Goes on with those of another configuration.
+    fn follow(&mut self, config: &Config) {
+        if self.generation == config.generation {
+            return;
+        }
+        self.generation = config.generation;
+        if self.resolver.is_none() && !config.lookups.is_empty() {
+            match Resolver::start(self.netns.clone(), Vec::new(), self.found.clone()) {
+                Ok((resolver, _)) => self.resolver = Some(resolver),
+                Err(error) => tracing::error!(%error, "names are not looked up"),
+            }
+        }
+        if let Some(resolver) = &self.resolver {
+            resolver.follow(config.lookups.clone());
+        }
+    }
 }
 
 async fn until(due: Option<tokio::time::Instant>) {
@@ -531,7 +604,7 @@ impl Control {
         mut self,
         admin: Option<TcpListener>,
         ads: Option<Ads>,
-        (mut quits, mut stops, mut reports): Orders,
+        (mut quits, mut stops, mut reports, mut resolved): Orders,
     ) {
         if let Some(admin) = admin {
             tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
@@ -557,6 +630,7 @@ impl Control {
                 () = Signals::next(&mut signals) => break,
                 _ = look.tick() => self.look(),
                 Some(update) = updates.recv() => self.update(update),
+                Some(found) = resolved.recv() => self.place(found),
                 Some(report) = reports.recv() => self.keeper.take(&report, tokio::time::Instant::now()),
                 () = until(due) => self.keeper.tick(tokio::time::Instant::now()),
             }
@@ -564,10 +638,27 @@ impl Control {
         self.drain(quits, signals).await;
     }
 
-    /// Takes up whose health is to be kept, where the configuration is another.
+    /// Takes up whose health is to be kept and which names are looked up, where the configuration is another.
     fn keep_health(&mut self) {
         let config = self.shared.config.load();
         self.keeper.follow(&config, tokio::time::Instant::now());
+        self.names.follow(&config);
+    }
+
+    /// Takes what names were found to be.
+    fn place(&mut self, found: Resolved) {
+        let Self {
+            shared,
+            files,
+            workers,
+            ..
+        } = self;
+        let mut accept = |config: Config| take(shared, workers, config);
+        let placed = files.take_resolved(vec![found], &shared.registry, &shared.sinks, &mut accept);
+        if let Err(error) = placed {
+            tracing::warn!(%error, "what names were found to be is not taken");
+        }
+        self.keep_health();
     }
 
     fn look(&mut self) {

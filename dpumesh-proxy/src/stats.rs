@@ -244,6 +244,9 @@ members! {
         UpdateAttempt = "update_attempt" Counter,
         UpdateSuccess = "update_success" Counter,
         UpdateRejected = "update_rejected" Counter,
+        UpdateFailure = "update_failure" Counter,
+        UpdateEmpty = "update_empty" Counter,
+        UpdateNoRebuild = "update_no_rebuild" Counter,
     }
 }
 

@@ -16,6 +16,7 @@ use dpumesh_xds::client::{Applied, Update};
 
 use super::ConfigError;
 use super::ads::{self, AdsResources};
+use super::dns::{self, Resolved};
 use super::dump::{Dump, Placed};
 use super::made::Made;
 use super::model::{Config, Node, Subscriptions};
@@ -135,6 +136,8 @@ pub struct Files {
     made: Made,
     known: BTreeMap<(Service, String), Known>,
     pub(super) ads: AdsResources,
+    /// What the names of clusters were last found to be.
+    resolved: HashMap<String, Resolved>,
     generation: u64,
 }
 
@@ -162,6 +165,7 @@ impl Files {
             made: Made::default(),
             known: BTreeMap::new(),
             ads: AdsResources::default(),
+            resolved: HashMap::new(),
             generation: 0,
         })
     }
@@ -202,7 +206,7 @@ impl Files {
             self.generation + 1,
             registry,
             sinks,
-            &self.ads,
+            (&self.ads, &self.resolved),
             &mut read,
         )?;
         for (key, (stamp, resources)) in fresh {
@@ -324,12 +328,33 @@ impl Files {
             self.generation + 1,
             registry,
             sinks,
-            tried,
+            (tried, &self.resolved),
             &mut read,
         )?;
         accept(config)?;
         self.made = made;
         self.generation += 1;
+        Ok(())
+    }
+
+    /// Takes what the names of clusters were found to be.
+    ///
+    /// # Errors
+    /// What `accept` says; what was in force stays.
+    pub fn take_resolved(
+        &mut self,
+        found: Vec<Resolved>,
+        registry: &Registry,
+        sinks: &Sinks,
+        accept: &mut dyn FnMut(Config) -> Result<()>,
+    ) -> Result<()> {
+        for resolved in found {
+            self.resolved.insert(resolved.of.at.text("name"), resolved);
+        }
+        let tried = self.ads.clone();
+        self.try_ads(&tried, registry, sinks, accept)?;
+        let Self { resolved, made, .. } = self;
+        resolved.retain(|cluster, _| made.order.contains(cluster));
         Ok(())
     }
 
@@ -395,7 +420,7 @@ impl Files {
             self.generation + 1,
             registry,
             sinks,
-            &self.ads,
+            (&self.ads, &self.resolved),
             &mut note,
         )?;
         accept(config)?;
@@ -551,7 +576,7 @@ fn compile(
     generation: u64,
     registry: &Registry,
     sinks: &Sinks,
-    ads: &AdsResources,
+    (ads, resolved): (&AdsResources, &HashMap<String, Resolved>),
     read: Read<'_>,
 ) -> Result<(Config, Made)> {
     let fixed = bootstrap.at.message("static_resources");
@@ -585,6 +610,16 @@ fn compile(
         made: RefCell::default(),
     };
     ads.endpoints_and_routes(&mut context, &mut dump);
+    let mut lookups = Vec::new();
+    for (item, file) in &clusters {
+        let name = item.at.text("name");
+        let lookup = dns::lookup(item, registry).map_err(|e| from(e, "cluster", &name, file.as_ref()))?;
+        if let Some(found) = resolved.get(&name).filter(|found| found.is_of(item)) {
+            let key = (dns::DNS.to_owned(), name);
+            context.eds.insert(key, Arc::clone(&found.assignment));
+        }
+        lookups.extend(lookup);
+    }
     for (index, (item, file)) in clusters.iter().enumerate() {
         let cluster = &item.at;
         let name = cluster.text("name");
@@ -647,6 +682,7 @@ fn compile(
             .flat_map(|c| c.workloads.iter().cloned())
             .collect(),
         clusters: compiled,
+        lookups,
         reads,
         dump,
     };

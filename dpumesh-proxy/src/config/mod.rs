@@ -9,6 +9,7 @@
 mod access_log;
 pub mod ads;
 mod balancing;
+pub mod dns;
 pub mod dump;
 mod ext_authz;
 pub mod files;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use dpumesh_hw::stream::kernel::SocketOptions;
 use ipnet::IpNet;
 
+use super::dns::Lookup;
 use super::dump::Dump;
 use crate::access_log::AccessLog;
 use crate::balance::subset::Fields;
@@ -43,6 +44,8 @@ pub struct Config {
     pub clusters: Vec<Arc<Cluster>>,
     /// Who the local pods are, by address.
     pub workloads: Pods,
+    /// The names that its clusters have looked up.
+    pub lookups: Vec<Arc<Lookup>>,
     /// The files it was read from.
     pub reads: Subscriptions,
     /// The resources as they were read, for `/config_dump`.
@@ -422,6 +425,10 @@ pub enum ClusterKind {
     Static,
     /// An EDS file.
     Eds,
+    /// Names, each address of which is an endpoint.
+    StrictDns,
+    /// A name, whose first address is the endpoint.
+    LogicalDns,
     /// The address the client meant.
     OriginalDst,
 }

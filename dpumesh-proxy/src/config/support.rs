@@ -711,7 +711,18 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
             "ring_hash_lb_config",
             "maglev_lb_config",
             "lb_subset_config",
+            "dns_lookup_family",
+            "dns_refresh_rate",
+            "dns_failure_refresh_rate",
+            "dns_jitter",
+            "respect_dns_ttl",
+            "typed_dns_resolver_config",
         ],
+    ),
+    ("envoy.config.cluster.v3.Cluster.RefreshRate", &["base_interval"]),
+    (
+        "envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+        &["resolvers"],
     ),
     (
         "envoy.config.cluster.v3.OutlierDetection",
@@ -1371,9 +1382,19 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
         "buffers here are fixed and smaller",
     ),
     (
+        "envoy.config.cluster.v3.Cluster.RefreshRate",
+        "max_interval",
+        "names that were not answered are asked again at the same pace",
+    ),
+    (
+        "envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+        "udp_max_queries",
+        "the system's resolver has no channel of its own to bound",
+    ),
+    (
         "envoy.config.cluster.v3.Cluster",
-        "dns_lookup_family",
-        "clusters that ask DNS are refused",
+        "wait_for_warm_on_init",
+        "a start waits for the first answers, at most five seconds",
     ),
     (
         "envoy.service.discovery.v3.DiscoveryResponse",

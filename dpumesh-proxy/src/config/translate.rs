@@ -144,6 +144,10 @@ impl Context<'_> {
     /// A cluster, with its endpoints.
     pub(super) fn cluster(&self, item: &Arc<Item>, dynamic: bool) -> Result<Arc<Cluster>> {
         let mut parts = vec![Arc::clone(item)];
+        if super::dns::is_dns(&item.at) {
+            let key = (super::dns::DNS.to_owned(), item.at.text("name"));
+            parts.extend(self.eds.get(&key).cloned());
+        }
         if let Some(one) = item.endpoints()? {
             parts.extend(self.eds.get(&(one.file.path, one.name)).cloned());
         }
@@ -552,6 +556,15 @@ impl Context<'_> {
                 );
                 let found = self.eds.get(&key);
                 Ok((ClusterKind::Eds, found.map(|item| item.at.clone())))
+            }
+            kind @ ("STRICT_DNS" | "LOGICAL_DNS") => {
+                let found = self.eds.get(&(super::dns::DNS.to_owned(), name.to_owned()));
+                let kind = if kind == "STRICT_DNS" {
+                    ClusterKind::StrictDns
+                } else {
+                    ClusterKind::LogicalDns
+                };
+                Ok((kind, found.map(|item| item.at.clone())))
             }
             other => Err(at.refuse("type", format!("{other} is not supported yet"))),
         }

@@ -220,7 +220,7 @@ impl Pauses {
 }
 
 /// A random time up to `most`.
-pub(super) fn upto(most: Duration) -> Duration {
+pub(crate) fn upto(most: Duration) -> Duration {
     let most = u64::try_from(most.as_micros()).unwrap_or(u64::MAX);
     if most == 0 {
         return Duration::ZERO;

@@ -134,7 +134,10 @@ fn what_is_not_implemented_is_refused_with_its_path() {
             format!("{cluster}/health_checks"),
             json!([{"event_log_path": "/dev/null"}]),
         ),
-        (format!("{cluster}/type"), json!("STRICT_DNS")),
+        (
+            format!("{cluster}/dns_resolvers"),
+            json!([{"socket_address": {"address": "127.0.0.1", "port_value": 53}}]),
+        ),
         (
             format!("{cluster}/lb_policy"),
             json!("LOAD_BALANCING_POLICY_CONFIG"),

@@ -2,6 +2,7 @@
 
 mod balance;
 mod config;
+mod dns;
 mod envoy;
 mod ext_authz;
 mod floods;

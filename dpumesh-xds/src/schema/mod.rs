@@ -90,6 +90,7 @@ pub const ROOTS: &[&str] = &[
     "envoy/extensions/load_balancing_policies/subset/v3/subset.proto",
     "envoy/extensions/load_balancing_policies/wrr_locality/v3/wrr_locality.proto",
     "envoy/extensions/matching/common_inputs/network/v3/network_inputs.proto",
+    "envoy/extensions/network/dns_resolver/cares/v3/cares_dns_resolver.proto",
     "envoy/extensions/path/match/uri_template/v3/uri_template_match.proto",
     "envoy/extensions/path/rewrite/uri_template/v3/uri_template_rewrite.proto",
     "envoy/extensions/request_id/uuid/v3/uuid.proto",
