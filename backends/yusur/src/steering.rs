@@ -302,9 +302,11 @@ impl Worker {
             return Ok(());
         }
         let mut repairs = Decision::default();
+        let placed = placed(&decision.log);
         for (index, failed) in &told.soft_failed {
-            if let Some(slot) = placed_by(&decision.log, *index) {
-                self.rules.drop_rule(*index, slot, &mut repairs);
+            let slots = placed.iter().filter(|(_, placed_by)| *placed_by == index);
+            for (slot, _) in slots {
+                self.rules.drop_rule(*index, *slot, &mut repairs);
             }
             decision.results[*index] = Err(failed.clone().index(*index));
         }
@@ -312,16 +314,8 @@ impl Worker {
             let there = self
                 .read_back(&decision.log)
                 .map_err(|failure| self.failed(APPLY, failure).effect(Effect::Unknown))?;
-            let placed: Vec<(usize, u32)> = decision
-                .log
-                .iter()
-                .filter_map(|(index, done)| match done {
-                    Done::Placed { slot, .. } => Some((*index, *slot)),
-                    _ => None,
-                })
-                .collect();
             let reason = format!("the card refused it: {}", failure.text);
-            for (index, slot) in placed {
+            for (slot, index) in placed {
                 let held = self.rules.by_slot(slot).and_then(|rule| rule.hard.clone());
                 let Some(held) = held else { continue };
                 let is_there = |key: &Key| there.get(&(held.table, *key)) == Some(&held.user);
@@ -721,12 +715,13 @@ impl Worker {
     }
 }
 
-/// The slot that an operation of the log installed a rule in.
-fn placed_by(log: &[(usize, Done)], operation: usize) -> Option<u32> {
-    log.iter().find_map(|(index, done)| match done {
-        Done::Placed { slot, .. } if *index == operation => Some(*slot),
+/// Which operation of the log installed the rule of each slot last: a slot that a batch empties may serve again.
+fn placed(log: &[(usize, Done)]) -> BTreeMap<u32, usize> {
+    let placed = log.iter().filter_map(|(index, done)| match done {
+        Done::Placed { slot, .. } => Some((*slot, *index)),
         _ => None,
-    })
+    });
+    placed.collect()
 }
 
 /// Outcome of a batch that was undone: what failed says so, everything else was skipped.
