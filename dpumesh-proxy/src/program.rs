@@ -60,7 +60,7 @@ Examples:
   dpu-proxy -c proxy.yaml --stack-netns /run/netns/stk listen and connect inside that network namespace
 
 The file is an Envoy v3 bootstrap (YAML, or JSON if it is named .json): static_resources, and listeners, clusters,
-routes and endpoints from watched files (path_config_source) or from a management server (ads, delta gRPC). A field that
+routes and endpoints from watched files (path_config_source) or from a management server (ads, gRPC). A field that
 this proxy does not implement is refused with its path. A bad update is refused and logged; what was good goes on.
 
 SIGTERM and SIGINT (and POST /quitquitquit on the admin address) drain: no new connections, `connection: close`

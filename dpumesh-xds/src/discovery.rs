@@ -10,6 +10,10 @@ use std::collections::HashMap;
 pub const DELTA_CALL: &str =
     "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
+/// Path of the streaming call of the state-of-the-world protocol.
+pub const WHOLE_CALL: &str =
+    "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
+
 /// Name of the gRPC service.
 pub const SERVICE: &str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use dpumesh_xds::client::{Rejection, Security, Update};
+use dpumesh_xds::client::{Protocol, Rejection, Security, Update};
 use dpumesh_xds::discovery::{Node, ResourceType};
 use prost::Message as _;
 use prost_reflect::DynamicMessage;
@@ -265,6 +265,8 @@ pub struct Server {
     pub security: Security,
     /// Who asks.
     pub node: Node,
+    /// In which words.
+    pub protocol: Protocol,
 }
 
 /// Reads `dynamic_resources.ads_config` and the cluster it names.
@@ -275,9 +277,11 @@ pub(super) fn server(bootstrap: &At) -> Result<Option<Server>> {
     else {
         return Ok(None);
     };
-    if config.choice("api_type") != "DELTA_GRPC" {
-        return Err(config.refuse("api_type", "only DELTA_GRPC is supported yet"));
-    }
+    let protocol = match config.choice("api_type").as_str() {
+        "DELTA_GRPC" => Protocol::Delta,
+        "GRPC" => Protocol::Whole,
+        other => return Err(config.refuse("api_type", format!("{other} is not supported yet"))),
+    };
     let services = config.messages("grpc_services");
     let [service] = services.as_slice() else {
         return Err(config.refuse("grpc_services", "exactly one must be given"));
@@ -309,6 +313,7 @@ pub(super) fn server(bootstrap: &At) -> Result<Option<Server>> {
     Ok(Some(Server {
         address: address(cluster)?,
         security: security(cluster)?,
+        protocol,
         node: Node::decode(&*node).map_err(|e| ConfigError::new("node", e.to_string()))?,
     }))
 }

@@ -1,7 +1,7 @@
 //! STRICT_DNS and LOGICAL_DNS clusters: what there is to look up, and the assignment that the answers make.
 //!
 //! The answers stand in an endpoint assignment of its own, with addresses where the cluster's has names; from there on such a cluster is
-//! as one by EDS. [`crate::dns`] asks.
+//! as one by EDS. `dns` asks.
 
 use std::net::IpAddr;
 use std::sync::Arc;

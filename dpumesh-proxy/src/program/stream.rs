@@ -36,6 +36,7 @@ pub(super) fn begin(shared: &Arc<Shared>, server: Server, stored: &Stored, updat
         channel,
         node: server.node,
         credential: Credential::Connection,
+        protocol: server.protocol,
         wildcards: vec![ResourceType::Cluster, ResourceType::Listener],
         counters: Arc::default(),
     };

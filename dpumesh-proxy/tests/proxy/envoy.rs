@@ -44,6 +44,14 @@ impl Subject {
         }
     }
 
+    /// Where its listener is, or was.
+    pub(crate) fn web_if_there(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Ours(running) => running.proxy.listener_address("web"),
+            Self::Envoy { web, .. } => Some(*web),
+        }
+    }
+
     /// Where its files are.
     pub(crate) fn folder(&self) -> &std::path::Path {
         match self {

@@ -32,3 +32,4 @@ mod secret_files;
 mod stream;
 mod tcp;
 mod tunnel;
+mod whole_stream;

@@ -89,12 +89,16 @@ impl Server {
 }
 
 fn bootstrap(address: SocketAddr, socket: &str) -> String {
+    bootstrap_by("DELTA_GRPC", address, socket)
+}
+
+pub(crate) fn bootstrap_by(protocol: &str, address: SocketAddr, socket: &str) -> String {
     format!(
         r#"
 node: {{id: proxy~node-1, cluster: dpu}}
 admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}}}
 dynamic_resources:
-  ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: adapter}}}}]}}
+  ads_config: {{api_type: {protocol}, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: adapter}}}}]}}
   cds_config: {{ads: {{}}, resource_api_version: V3}}
   lds_config: {{ads: {{}}, resource_api_version: V3}}
 static_resources:
@@ -115,21 +119,21 @@ static_resources:
     )
 }
 
-fn cluster() -> (ResourceType, &'static str, Value) {
+pub(crate) fn cluster() -> (ResourceType, &'static str, Value) {
     let eds =
         json!({"eds_config": {"ads": {}, "resource_api_version": "V3"}, "service_name": "app-endpoints"});
     let value = json!({"name": "app", "type": "EDS", "connect_timeout": "5s", "eds_cluster_config": eds});
     (ResourceType::Cluster, "app", value)
 }
 
-fn endpoints(address: SocketAddr) -> (ResourceType, &'static str, Value) {
+pub(crate) fn endpoints(address: SocketAddr) -> (ResourceType, &'static str, Value) {
     let address =
         json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}});
     let value = json!({"cluster_name": "app-endpoints", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}]});
     (ResourceType::Endpoints, "app-endpoints", value)
 }
 
-fn routes(name: &'static str, prefix: &str) -> (ResourceType, &'static str, Value) {
+pub(crate) fn routes(name: &'static str, prefix: &str) -> (ResourceType, &'static str, Value) {
     let route = json!({"match": {"prefix": prefix}, "route": {"cluster": "app"}});
     let value =
         json!({"name": name, "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]});
@@ -152,13 +156,13 @@ fn http(routes: &str) -> Value {
     )
 }
 
-fn listener(chains: Value) -> (ResourceType, &'static str, Value) {
+pub(crate) fn listener(chains: Value) -> (ResourceType, &'static str, Value) {
     let address = json!({"socket_address": {"address": "127.0.0.1", "port_value": 0}});
     let value = json!({"name": "web", "address": address, "filter_chains": chains});
     (ResourceType::Listener, "web", value)
 }
 
-fn one_chain(routes: &str) -> Value {
+pub(crate) fn one_chain(routes: &str) -> Value {
     json!([{"name": "one", "filters": [http(routes)]}])
 }
 

@@ -42,7 +42,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::aggregate::{Aggregate, Figures, Options};
-use crate::client::{Client, Counters, Credential};
+use crate::client::{Client, Counters, Credential, Protocol};
 use crate::discovery::ResourceType;
 use crate::ir::PodView;
 use crate::server::{Event, Outcome, Publisher};
@@ -244,6 +244,7 @@ impl Adapter {
             channel: parts.istiod.clone(),
             node: node(pod, &parts.mesh),
             credential,
+            protocol: Protocol::Delta,
             wildcards: vec![ResourceType::Cluster, ResourceType::Listener],
             counters: Arc::clone(&parts.counters),
         };

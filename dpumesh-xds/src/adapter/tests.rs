@@ -13,7 +13,7 @@ use super::relay::RelayService;
 use super::token::Files;
 use super::*;
 use crate::aggregate::Interception;
-use crate::client::{Applied, Apply, Rejection, Security, Update, channel};
+use crate::client::{Applied, Apply, Protocol, Rejection, Security, Update, channel};
 use crate::discovery::Node;
 use crate::ir::Identity;
 use crate::keys::{IstioRelay, KeyStore, Relay as _};
@@ -152,6 +152,7 @@ impl World {
                 ..Node::default()
             },
             credential: Credential::Connection,
+            protocol: Protocol::Delta,
             wildcards: vec![ResourceType::Cluster, ResourceType::Listener],
             counters: Arc::default(),
         };

@@ -14,7 +14,7 @@ use dpumesh_xds::adapter::status::Page;
 use dpumesh_xds::adapter::token::{Files, Requested, Tokens};
 use dpumesh_xds::adapter::{Adapter, Mesh, Parts, PodEntry, disk};
 use dpumesh_xds::aggregate::{Interception, Options};
-use dpumesh_xds::client::{self, Client, Credential, Security};
+use dpumesh_xds::client::{self, Client, Credential, Protocol, Security};
 use dpumesh_xds::discovery::ResourceType;
 use dpumesh_xds::server::Publisher;
 use dpumesh_xds::{local, program, socket};
@@ -304,6 +304,7 @@ impl Args {
                 channel: self.to_controller(address)?,
                 node: controller::node(node),
                 credential: Credential::Connection,
+                protocol: Protocol::Delta,
                 wildcards: vec![ResourceType::Binding, ResourceType::Peer],
                 counters: Arc::default(),
             }),

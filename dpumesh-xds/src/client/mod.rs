@@ -1,4 +1,4 @@
-//! The xDS client: one delta ADS stream for one pod identity.
+//! The xDS client: one ADS stream for one identity, delta or state-of-the-world ([`Protocol`]).
 //!
 //! ```text
 //! connect ─► ask (with the versions still held) ─► response ─► check ─► apply ─► ACK | NACK by name ─► ask for what it refers to
@@ -15,6 +15,7 @@
 //! it): the stream ends, nothing changes, and it is counted.
 
 mod state;
+mod whole;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -31,9 +32,11 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use tonic::{Code, Request, Status};
 
 use crate::discovery::{
-    DELTA_CALL, DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, ResourceType,
+    DELTA_CALL, DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Node,
+    Resource, ResourceType, WHOLE_CALL,
 };
 use state::State;
+use whole::Whole;
 
 /// The largest response taken, in octets; a larger one is refused by its type, and nothing of it is used.
 pub const MAX_RESPONSE: usize = 128 << 20;
@@ -183,6 +186,16 @@ pub struct Counters {
     pub nacks: AtomicU64,
 }
 
+/// How client and server speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Protocol {
+    /// Changes (`DeltaAggregatedResources`).
+    #[default]
+    Delta,
+    /// Everything of a type each time (`StreamAggregatedResources`).
+    Whole,
+}
+
 /// A client, before it runs.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -192,6 +205,8 @@ pub struct Client {
     pub node: Node,
     /// With what right.
     pub credential: Credential,
+    /// In which words.
+    pub protocol: Protocol,
     /// Types of which everything is wanted from the start, in the order in which they are asked for.
     pub wildcards: Vec<ResourceType>,
     /// Where to count.
@@ -202,9 +217,10 @@ impl Client {
     /// Keeps a stream open and hands `apply` what it brings, until the future is dropped.
     pub async fn run(self, apply: &mut dyn Apply) {
         let mut state = State::new(self.node.clone(), &self.wildcards);
-        let mut failures = 0;
+        let (mut whole, mut failures) = (Whole::default(), 0);
         loop {
-            let (end, progressed) = self.stream(&mut state, apply).await;
+            whole.begin();
+            let (end, progressed) = self.stream(&mut state, &mut whole, apply).await;
             if progressed {
                 failures = 0;
             }
@@ -221,15 +237,15 @@ impl Client {
     }
 
     /// One stream from beginning to end; and whether it brought anything.
-    async fn stream(&self, state: &mut State, apply: &mut dyn Apply) -> (End, bool) {
+    async fn stream(&self, state: &mut State, whole: &mut Whole, apply: &mut dyn Apply) -> (End, bool) {
         let mut progressed = false;
-        let end = match self.open(state).await {
+        let end = match self.open(state, whole).await {
             Ok((mut responses, requests)) => loop {
-                match responses.message().await {
+                match responses.next(state, whole).await {
                     Ok(Some(response)) => {
                         progressed = true;
                         let answers = self.respond(state, apply, response).await;
-                        if let Err(end) = send(&requests, answers).await {
+                        if let Err(end) = requests.send(answers, whole).await {
                             break end;
                         }
                     }
@@ -242,20 +258,35 @@ impl Client {
         (end, progressed)
     }
 
-    async fn open(
-        &self,
-        state: &mut State,
-    ) -> Result<
-        (
-            tonic::Streaming<DeltaDiscoveryResponse>,
-            mpsc::Sender<DeltaDiscoveryRequest>,
-        ),
-        End,
-    > {
+    async fn open(&self, state: &mut State, whole: &mut Whole) -> Result<(Responses, Requests), End> {
         add(&self.counters.streams, 1);
+        let hello = state.hello();
+        match self.protocol {
+            Protocol::Delta => {
+                let (responses, requests) = self.call(hello, DELTA_CALL).await?;
+                Ok((Responses::Delta(responses), Requests::Delta(requests)))
+            }
+            Protocol::Whole => {
+                let hello = hello.into_iter().map(|request| whole.request(request)).collect();
+                let (responses, requests) = self.call(hello, WHOLE_CALL).await?;
+                Ok((Responses::Whole(responses), Requests::Whole(requests)))
+            }
+        }
+    }
+
+    /// Opens a stream that begins with these requests.
+    async fn call<Q, A>(
+        &self,
+        hello: Vec<Q>,
+        path: &'static str,
+    ) -> Result<(tonic::Streaming<A>, mpsc::Sender<Q>), End>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
         let (sender, receiver) = mpsc::channel(REQUESTS);
         // A server may answer the call only after it has read the first request: there is room for all of them.
-        for request in state.hello() {
+        for request in hello {
             sender
                 .try_send(request)
                 .map_err(|_| End::broken("more first requests than room for them"))?;
@@ -266,8 +297,8 @@ impl Client {
         }
         let mut grpc = Grpc::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
         grpc.ready().await.map_err(|error| End::broken(causes(&error)))?;
-        let codec = tonic_prost::ProstCodec::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>::default();
-        let path = http::uri::PathAndQuery::from_static(DELTA_CALL);
+        let codec = tonic_prost::ProstCodec::<Q, A>::default();
+        let path = http::uri::PathAndQuery::from_static(path);
         let response = grpc
             .streaming(request, path, codec)
             .await
@@ -330,16 +361,51 @@ pub(crate) fn bearer(token: &str) -> Result<MetadataValue<Ascii>, &'static str> 
     Ok(value)
 }
 
-async fn send(
-    requests: &mpsc::Sender<DeltaDiscoveryRequest>,
-    answers: Vec<DeltaDiscoveryRequest>,
-) -> Result<(), End> {
-    for answer in answers {
-        if requests.send(answer).await.is_err() {
-            return Err(End::broken("the transport takes no more requests"));
+/// What a stream brings, in either protocol.
+enum Responses {
+    Delta(tonic::Streaming<DeltaDiscoveryResponse>),
+    Whole(tonic::Streaming<DiscoveryResponse>),
+}
+
+impl Responses {
+    /// The next response, as changes.
+    async fn next(
+        &mut self,
+        state: &State,
+        whole: &mut Whole,
+    ) -> Result<Option<DeltaDiscoveryResponse>, Status> {
+        match self {
+            Self::Delta(responses) => responses.message().await,
+            Self::Whole(responses) => {
+                let response = responses.message().await?;
+                Ok(response.map(|response| {
+                    let kind = ResourceType::from_url(&response.type_url);
+                    whole.response(response, state.versions(kind))
+                }))
+            }
         }
     }
-    Ok(())
+}
+
+/// Where requests go, in either protocol.
+enum Requests {
+    Delta(mpsc::Sender<DeltaDiscoveryRequest>),
+    Whole(mpsc::Sender<DiscoveryRequest>),
+}
+
+impl Requests {
+    async fn send(&self, answers: Vec<DeltaDiscoveryRequest>, whole: &mut Whole) -> Result<(), End> {
+        for answer in answers {
+            let sent = match self {
+                Self::Delta(requests) => requests.send(answer).await.is_ok(),
+                Self::Whole(requests) => requests.send(whole.request(answer)).await.is_ok(),
+            };
+            if !sent {
+                return Err(End::broken("the transport takes no more requests"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why a stream ended.

@@ -52,6 +52,15 @@ impl State {
         }
     }
 
+    /// Names and versions of what was taken of a type.
+    pub(super) fn versions(&self, kind: Option<ResourceType>) -> impl Iterator<Item = (&str, &str)> {
+        let subscription = kind.and_then(|kind| self.types.get(&kind));
+        let has = subscription
+            .into_iter()
+            .flat_map(|subscription| &subscription.has);
+        has.map(|(name, version)| (name.as_str(), version.as_str()))
+    }
+
     /// The first requests of a stream, one for each type.
     pub(super) fn hello(&self) -> Vec<DeltaDiscoveryRequest> {
         let mut requests = Vec::new();

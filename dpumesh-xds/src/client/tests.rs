@@ -83,6 +83,7 @@ impl World {
                 ..Node::default()
             },
             credential: Credential::Connection,
+            protocol: Protocol::Delta,
             wildcards: vec![Cluster, Listener],
             counters: Arc::clone(&counters),
         };
@@ -375,6 +376,7 @@ async fn played(
             ..Node::default()
         },
         credential: Credential::Connection,
+        protocol: Protocol::Delta,
         wildcards: vec![Cluster],
         counters: Arc::default(),
     };

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use dpumesh_xds::client::{self, Applied, Apply, Client, Counters, Credential, Rejection, Security, Update};
+use dpumesh_xds::client::{
+    self, Applied, Apply, Client, Counters, Credential, Protocol, Rejection, Security, Update,
+};
 use dpumesh_xds::discovery::{Node, ResourceType};
 use dpumesh_xds::mesh::{Binding, Peer};
 use prost::Message;
@@ -78,6 +80,7 @@ impl Adapter {
                 ..Node::default()
             },
             credential: Credential::Connection,
+            protocol: Protocol::Delta,
             wildcards: vec![ResourceType::Binding, ResourceType::Peer],
             counters: Arc::new(Counters::default()),
         };
