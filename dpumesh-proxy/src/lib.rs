@@ -39,5 +39,6 @@ pub mod route;
 pub mod stats;
 mod tcp;
 pub mod tls;
+pub mod trace;
 pub mod upstream;
 pub mod worker;

@@ -137,6 +137,22 @@ members! {
 }
 
 members! {
+    /// `http.PREFIX.tracing.*`: which requests are traced, and why.
+    Tracing {
+        RandomSampling = "random_sampling" Counter,
+        NotTraceable = "not_traceable" Counter,
+    }
+}
+
+members! {
+    /// `tracing.opentelemetry.*`: spans on their way.
+    Tracer {
+        SpansSent = "spans_sent" Counter,
+        SpansDropped = "spans_dropped" Counter,
+    }
+}
+
+members! {
     /// `http.PREFIX.ext_authz.*`: what another service decided.
     ExtAuthz {
         Ok = "ok" Counter,

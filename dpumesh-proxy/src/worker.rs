@@ -39,6 +39,7 @@ use crate::rbac;
 use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
 use crate::tls::{Connection, Protocols, Secrets, Stream};
+use crate::trace::outbox::Outbox;
 use crate::upstream::Lane;
 
 /// The number of the next connection of a client.
@@ -103,6 +104,8 @@ pub struct Worker {
     pub lines: RefCell<Lines>,
     /// The `date` of this second.
     pub date: RefCell<Date>,
+    /// Spans not yet handed over.
+    pub(crate) spans: Outbox,
     /// Its share of Istio's metrics.
     pub reporter: RefCell<Reporter>,
     /// `dpumesh.istio.*`
@@ -266,6 +269,7 @@ impl Worker {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
+            spans: Outbox::default(),
             reporter: RefCell::default(),
             istio: start.registry.scope("dpumesh.istio", stats::Istio::TABLE),
             program: RefCell::new(Rc::new(program)),

@@ -121,7 +121,26 @@ pub(super) fn per_route(at: &At, outer: Option<&PerRoute>) -> Result<PerRoute> {
 
 type Called = (Service, ClusterRef, Option<Duration>);
 
+/// A gRPC service that the proxy calls.
+pub(super) struct GrpcCalled {
+    pub(super) cluster: ClusterRef,
+    pub(super) authority: String,
+    /// Header lines.
+    pub(super) metadata: Vec<u8>,
+    pub(super) timeout: Option<Duration>,
+}
+
 fn grpc_service(at: &At, clusters: &Clusters) -> Result<Called> {
+    let called = grpc_called(at, clusters)?;
+    let service = Service::Grpc {
+        authority: called.authority,
+        metadata: called.metadata,
+    };
+    Ok((service, called.cluster, called.timeout))
+}
+
+/// `GrpcService`.
+pub(super) fn grpc_called(at: &At, clusters: &Clusters) -> Result<GrpcCalled> {
     let Some(envoy) = at.message("envoy_grpc") else {
         return Err(at.refuse("envoy_grpc", "must be given"));
     };
@@ -136,12 +155,12 @@ fn grpc_service(at: &At, clusters: &Clusters) -> Result<Called> {
         }
         metadata.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
     }
-    let service = Service::Grpc {
+    Ok(GrpcCalled {
         authority: authority(&envoy)?,
         metadata,
-    };
-    let cluster = cluster_ref(&envoy.required_text("cluster_name")?, clusters);
-    Ok((service, cluster, time_limit(at)?))
+        cluster: cluster_ref(&envoy.required_text("cluster_name")?, clusters),
+        timeout: time_limit(at)?,
+    })
 }
 
 fn authority(at: &At) -> Result<String> {

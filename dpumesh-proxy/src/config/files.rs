@@ -598,8 +598,16 @@ fn compile(
     };
     let clusters = gather(Service::Cds, &bootstrap.clusters, "cds_config")?;
     let listeners = gather(Service::Lds, &bootstrap.listeners, "lds_config")?;
+    let node = bootstrap.at.message("node");
+    let node = node
+        .map(|n| Node {
+            id: n.text("id"),
+            cluster: n.text("cluster"),
+        })
+        .unwrap_or_default();
     let mut context = Context {
         registry,
+        node: &node,
         sinks,
         clusters: HashMap::new(),
         entered: HashSet::new(),
@@ -663,18 +671,11 @@ fn compile(
             dynamic: file.is_some(),
         });
     }
-    let node = bootstrap.at.message("node");
-    let node = node
-        .map(|n| Node {
-            id: n.text("id"),
-            cluster: n.text("cluster"),
-        })
-        .unwrap_or_default();
     let admin = bootstrap.at.message("admin").and_then(|a| a.message("address"));
     let admin = admin.map(|a| socket_address(&a)).transpose()?;
     let config = Config {
         generation,
-        node,
+        node: node.clone(),
         admin,
         listeners: compiled_listeners,
         workloads: compiled

@@ -29,6 +29,7 @@ mod route_policy;
 pub(crate) mod secret_files;
 pub mod support;
 mod text;
+mod tracing;
 mod translate;
 mod translate_matcher;
 mod translate_route;

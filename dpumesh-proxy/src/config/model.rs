@@ -28,6 +28,7 @@ use crate::proxy_protocol::{Inbound, Outbound};
 use crate::route::RouteTable;
 use crate::stats::{self, Scope, Shard};
 use crate::tls::{ClientContext, ServerContext};
+use crate::trace::Tracing;
 
 /// One complete configuration.
 #[derive(Debug)]
@@ -245,6 +246,8 @@ pub struct TcpProxy {
 pub struct HttpManager {
     /// Where requests go.
     pub routes: Arc<RouteTable>,
+    /// What is told of its requests, and to whom.
+    pub tracing: Option<Arc<Tracing>>,
     /// The `server` header.
     pub server_name: String,
     /// What happens to the `server` header.

@@ -211,8 +211,48 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
-        &[],
+        &[
+            "random_sampling",
+            "overall_sampling",
+            "max_path_tag_length",
+            "custom_tags",
+            "provider",
+            "spawn_upstream_span",
+            "no_context_propagation",
+        ],
     ),
+    ("envoy.config.trace.v3.Tracing.Http", &["name", "typed_config"]),
+    (
+        "envoy.config.trace.v3.OpenTelemetryConfig",
+        &["grpc_service", "service_name", "max_cache_size"],
+    ),
+    (
+        "envoy.type.tracing.v3.CustomTag",
+        &["tag", "literal", "environment", "request_header", "metadata"],
+    ),
+    ("envoy.type.tracing.v3.CustomTag.Literal", &["value"]),
+    (
+        "envoy.type.tracing.v3.CustomTag.Environment",
+        &["name", "default_value"],
+    ),
+    (
+        "envoy.type.tracing.v3.CustomTag.Header",
+        &["name", "default_value"],
+    ),
+    (
+        "envoy.type.tracing.v3.CustomTag.Metadata",
+        &["kind", "metadata_key", "default_value"],
+    ),
+    (
+        "envoy.type.metadata.v3.MetadataKind",
+        &["request", "route", "cluster", "host"],
+    ),
+    ("envoy.type.metadata.v3.MetadataKind.Request", &[]),
+    ("envoy.type.metadata.v3.MetadataKind.Route", &[]),
+    ("envoy.type.metadata.v3.MetadataKind.Cluster", &[]),
+    ("envoy.type.metadata.v3.MetadataKind.Host", &[]),
+    ("envoy.type.metadata.v3.MetadataKey", &["key", "path"]),
+    ("envoy.type.metadata.v3.MetadataKey.PathSegment", &["key"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension",
         &["typed_config"],
@@ -1284,7 +1324,7 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
     (
         "envoy.config.route.v3.Route",
         "decorator",
-        "names a trace span; tracing itself is refused",
+        "names a trace span; spans are named ingress and egress HOST",
     ),
     (
         "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
@@ -1339,42 +1379,22 @@ pub const NO_EFFECT: &[(&str, &str, &str)] = &[
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
         "client_sampling",
-        "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
-        "random_sampling",
-        "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
-        "overall_sampling",
-        "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
-        "custom_tags",
-        "nothing is traced: a provider is refused",
-    ),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
-        "max_path_tag_length",
-        "nothing is traced: a provider is refused",
+        "`x-client-trace-id` asks for nothing here",
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing",
         "verbose",
-        "nothing is traced: a provider is refused",
+        "a span has no events here",
     ),
     (
         "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "use_request_id_for_trace_sampling",
-        "nothing is traced: a provider is refused",
+        "lots are drawn; the id is told the outcome",
     ),
     (
         "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
         "pack_trace_reason",
-        "nothing is traced: a provider is refused",
+        "an id that is made here is told the outcome, where something is traced; others stay",
     ),
     (
         "envoy.config.cluster.v3.Cluster",

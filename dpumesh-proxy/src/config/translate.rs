@@ -20,7 +20,7 @@ use super::istio;
 use super::made::Made;
 use super::model::{
     ChainMatch, Cluster, ClusterKind, ClusterRef, Codec, Direction, Endpoint, FilterChain, Http2,
-    HttpManager, Limits, Listener, OriginalSrc, Protocol, RetryLimit, ServerHeader, TcpProxy, Terminal,
+    HttpManager, Limits, Listener, Node, OriginalSrc, Protocol, RetryLimit, ServerHeader, TcpProxy, Terminal,
     Underscores, Weighted, cluster_ref,
 };
 use super::resource::Item;
@@ -44,6 +44,7 @@ const FIVE_MINUTES: std::time::Duration = std::time::Duration::from_secs(300);
 /// What the translation of one configuration looks things up in.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
+    pub(super) node: &'a Node,
     pub(super) sinks: &'a Sinks,
     /// Cluster name → index.
     pub(super) clusters: HashMap<String, usize>,
@@ -183,9 +184,14 @@ impl Context<'_> {
         let stat_prefix = Some(at.text("stat_prefix")).filter(|p| !p.is_empty());
         let stat_prefix = stat_prefix.unwrap_or_else(|| addresses[0].to_string().replace(':', "_"));
         let scope = format!("listener.{stat_prefix}");
+        let direction = match at.choice("traffic_direction").as_str() {
+            "INBOUND" => Some(Direction::Inbound),
+            "OUTBOUND" => Some(Direction::Outbound),
+            _ => None,
+        };
         let chains = chain_messages
             .iter()
-            .map(|c| self.filter_chain(c, &scope, dynamic).map(Arc::new))
+            .map(|c| self.filter_chain(c, (&scope, direction), dynamic).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
         let matcher = match at.message("filter_chain_matcher") {
             Some(tree) => Some(chain_tree(at, &tree, &chain_messages)?),
@@ -207,14 +213,10 @@ impl Context<'_> {
                 backlog: at.number_or("tcp_backlog_size", 1024).min(i32::MAX as u32),
             },
             default_chain: default_chain
-                .map(|c| self.filter_chain(&c, &scope, dynamic).map(Arc::new))
+                .map(|c| self.filter_chain(&c, (&scope, direction), dynamic).map(Arc::new))
                 .transpose()?,
             access_log: self.access_logs(at)?,
-            direction: match at.choice("traffic_direction").as_str() {
-                "INBOUND" => Some(Direction::Inbound),
-                "OUTBOUND" => Some(Direction::Outbound),
-                _ => None,
-            },
+            direction,
             fingerprint: fingerprint(at),
             frame: frame(at),
             stats: self.registry.scope(&scope, stats::Listener::TABLE),
@@ -230,8 +232,13 @@ impl Context<'_> {
         }))
     }
 
-    /// `scope` is the listener's statistics prefix; a `dynamic` chain may name clusters that are still to come.
-    fn filter_chain(&self, at: &At, scope: &str, dynamic: bool) -> Result<FilterChain> {
+    /// `scope` is the listener's statistics prefix, beside its direction; a `dynamic` chain may name clusters that are still to come.
+    fn filter_chain(
+        &self,
+        at: &At,
+        (scope, direction): (&str, Option<Direction>),
+        dynamic: bool,
+    ) -> Result<FilterChain> {
         let filters = at.messages("filters");
         let Some((last, before)) = filters.split_last() else {
             return Err(at.refuse("filters", "a terminal filter must be given"));
@@ -261,7 +268,7 @@ impl Context<'_> {
         };
         let terminal = match config.type_name().as_str() {
             TCP_PROXY => Terminal::Tcp(self.tcp_proxy(&config, dynamic)?),
-            HTTP_MANAGER => Terminal::Http(self.http_manager(&config)?),
+            HTTP_MANAGER => Terminal::Http(self.http_manager(&config, direction)?),
             other => return Err(config.refuse("", format!("{other} is not a network filter this proxy has"))),
         };
         let matcher = at
@@ -307,7 +314,7 @@ impl Context<'_> {
         }))
     }
 
-    fn http_manager(&self, at: &At) -> Result<Arc<HttpManager>> {
+    fn http_manager(&self, at: &At, direction: Option<Direction>) -> Result<Arc<HttpManager>> {
         let prefix = at.required_text("stat_prefix")?;
         let codec = match at.choice("codec_type").as_str() {
             "AUTO" => Codec::Auto,
@@ -341,6 +348,13 @@ impl Context<'_> {
             return Err(at.refuse("max_request_headers_kb", "must be at most 8192"));
         }
         Ok(Arc::new(HttpManager {
+            tracing: super::tracing::tracing(
+                at,
+                &prefix,
+                direction,
+                self.node,
+                (self.registry, &self.clusters),
+            )?,
             routes: self.routes(at, &prefix)?,
             server_name,
             server_header,

@@ -31,5 +31,6 @@ mod reload;
 mod secret_files;
 mod stream;
 mod tcp;
+mod trace;
 mod tunnel;
 mod whole_stream;

@@ -130,7 +130,7 @@ impl Session {
         }
     }
 
-    fn protocol(&self, buffers: &Buffers) -> &'static str {
+    pub(super) fn protocol(&self, buffers: &Buffers) -> &'static str {
         if self.stream.is_http2() {
             "HTTP/2"
         } else if buffers.request.fields.http11 {

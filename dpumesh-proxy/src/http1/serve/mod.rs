@@ -25,6 +25,7 @@ mod redirect;
 pub(crate) mod reported;
 mod request;
 mod respond;
+mod traced;
 mod tunnel;
 mod view;
 

@@ -91,6 +91,7 @@ impl Session {
         let reporting = self.reporting.clone();
         let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
         rewrite.reporting = reporting.as_ref();
+        let traced = self.begin_trace(buffers, &manager, &mut rewrite);
         let refused = self
             .refused_by_rule(buffers, &manager)
             .or_else(|| normalize(buffers, &manager));
@@ -106,6 +107,9 @@ impl Session {
         }
         if let Some(reporting) = &reporting {
             self.report(buffers, &rewrite, &outcome, reporting, begun.elapsed());
+        }
+        if let Some(traced) = &traced {
+            self.end_trace(buffers, &manager, &rewrite, (traced, &outcome));
         }
         if !manager.access_log.is_empty() {
             self.log_request(buffers, &rewrite, &outcome, (wall, begun));
