@@ -23,6 +23,7 @@ pub mod dataplane;
 mod dns;
 pub mod entry;
 pub mod ext_authz;
+mod hand_over;
 pub mod health;
 pub mod histogram;
 pub mod http1;

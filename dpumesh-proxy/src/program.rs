@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -30,6 +30,7 @@ use crate::config::files::Files;
 use crate::config::model::Config;
 use crate::config::secret_files::SecretFiles;
 use crate::dns::{self, Resolver};
+use crate::hand_over::{self, Give, Inherited, Passed};
 use crate::health::keeper::Keeper;
 use crate::health::prober::Surroundings;
 use crate::health::{Report, Reporter};
@@ -65,7 +66,10 @@ this proxy does not implement is refused with its path. A bad update is refused 
 
 SIGTERM and SIGINT (and POST /quitquitquit on the admin address) drain: no new connections, `connection: close`
 on every response; idle connections are closed after a quarter of --drain-time-s, the rest at its end.
-A second signal ends it at once."
+A second signal ends it at once.
+
+To put another version or bootstrap in its place without refusing a connection, run both with the same --hand-over PATH:
+the newer one takes the listening sockets (the admin server's too), and once it accepts, the older one drains."
 )]
 pub struct Args {
     /// The bootstrap file
@@ -86,6 +90,9 @@ pub struct Args {
     /// Seconds a drain may take
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub drain_time_s: u64,
+    /// UNIX socket by which a newer process takes over; one that serves there is taken over from
+    #[arg(long, value_name = "PATH")]
+    pub hand_over: Option<PathBuf>,
     /// Print shell completions and leave
     #[arg(long, value_enum, value_name = "SHELL")]
     pub completions: Option<clap_complete::Shell>,
@@ -153,6 +160,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         drain_time: Duration::from_secs(args.drain_time_s),
         signals: true,
         secrets: None,
+        hand_over: args.hand_over.clone(),
     })?;
     proxy.wait();
     Ok(())
@@ -185,6 +193,9 @@ pub struct Options {
     /// Keys, chains and roots that the configuration names by SDS. `None`: keys are made here, and the server of the aggregated
     /// stream relays their CSRs.
     pub secrets: Option<Arc<dyn Secrets>>,
+    /// UNIX socket by which a newer process takes the listening sockets over. A process that serves there is taken over from:
+    /// it drains once this one accepts. Its statistics and connections stay its own.
+    pub hand_over: Option<PathBuf>,
 }
 
 impl Options {
@@ -197,6 +208,7 @@ impl Options {
             drain_time: Duration::from_secs(5),
             signals: false,
             secrets: None,
+            hand_over: None,
         }
     }
 }
@@ -229,6 +241,10 @@ pub struct Shared {
     refused: Mutex<BTreeMap<String, Refused>>,
     bound: Mutex<BTreeMap<ListenerKey, (SocketAddr, SocketOptions)>>,
     state: AtomicU8,
+    /// Sockets of an older process that are still to be taken up.
+    inherited: Mutex<Option<Inherited>>,
+    /// A newer process serves what this one listened on.
+    handed_over: AtomicBool,
     quit: mpsc::UnboundedSender<()>,
     reports: Reporter,
     stop: mpsc::UnboundedSender<Which>,
@@ -331,6 +347,12 @@ impl Proxy {
             .clone()
             .unwrap_or_else(|| Arc::clone(&stored) as Arc<dyn Secrets>);
         let secrets = Arc::new(SecretFiles::over(secrets));
+        let inherited = match &options.hand_over {
+            Some(path) => {
+                Inherited::take(path).map_err(Error::io(format!("taking over by {}", path.display())))?
+            }
+            None => None,
+        };
         let (quit, quits) = mpsc::unbounded_channel();
         let (reports, reported) = mpsc::unbounded_channel();
         let (stop, stops) = mpsc::unbounded_channel();
@@ -345,6 +367,8 @@ impl Proxy {
             refused: Mutex::default(),
             bound: Mutex::default(),
             state: AtomicU8::new(State::Initializing as u8),
+            inherited: Mutex::new(inherited),
+            handed_over: AtomicBool::new(false),
             quit,
             reports,
             stop,
@@ -352,7 +376,10 @@ impl Proxy {
         });
         let admin = match shared.config.load().admin {
             None => None,
-            Some(address) => Some(listen_admin(address)?),
+            Some(address) => {
+                let inherited = lock(&shared.inherited).as_mut().and_then(|i| i.admin(address));
+                Some(inherited.map_or_else(|| listen_admin(address), Ok)?)
+            }
         };
         *lock(&shared.admin) = admin.as_ref().and_then(|a| a.local_addr().ok());
         let workers = start_workers(&shared)?;
@@ -606,9 +633,11 @@ impl Control {
         ads: Option<Ads>,
         (mut quits, mut stops, mut reports, mut resolved): Orders,
     ) {
-        if let Some(admin) = admin {
-            tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared)));
-        }
+        let admin_copy = admin.as_ref().and_then(|admin| admin.try_clone().ok());
+        let mut giver = Some(self.giver(admin_copy));
+        let admin = admin.map(|admin| {
+            tokio::task::spawn_local(admin::serve(admin, Arc::clone(&self.shared))).abort_handle()
+        });
         let (sender, mut updates) = mpsc::channel(1);
         if let Some((server, stored)) = ads {
             stream::begin(&self.shared, server, &stored, sender);
@@ -628,14 +657,51 @@ impl Control {
                     }
                 }
                 () = Signals::next(&mut signals) => break,
-                _ = look.tick() => self.look(),
+                _ = look.tick() => {
+                    self.look();
+                    self.take_over(&mut giver);
+                }
                 Some(update) = updates.recv() => self.update(update),
                 Some(found) = resolved.recv() => self.place(found),
                 Some(report) = reports.recv() => self.keeper.take(&report, tokio::time::Instant::now()),
                 () = until(due) => self.keeper.tick(tokio::time::Instant::now()),
             }
         }
+        if self.shared.handed_over.load(Ordering::Acquire)
+            && let Some(admin) = admin
+        {
+            // Whoever asks from now on asks the newer process.
+            admin.abort();
+        }
         self.drain(quits, signals).await;
+    }
+
+    /// Who gives this process's sockets away.
+    fn giver(&self, admin: Option<TcpListener>) -> Giver {
+        Giver {
+            shared: Arc::clone(&self.shared),
+            workers: self.workers.iter().map(|w| w.commands.clone()).collect(),
+            admin,
+        }
+    }
+
+    /// Once everything is in force: lets an older process go, and serves newer ones.
+    fn take_over(&self, giver: &mut Option<Giver>) {
+        let Some(path) = &self.shared.options.hand_over else {
+            return;
+        };
+        if self.shared.state() != State::Live {
+            return;
+        }
+        let Some(giver) = giver.take() else {
+            return;
+        };
+        if let Err(error) = hand_over::serve(path, giver) {
+            tracing::error!(path = %path.display(), %error, "no newer process can take over");
+        }
+        if let Some(inherited) = lock(&self.shared.inherited).take() {
+            inherited.ready();
+        }
     }
 
     /// Takes up whose health is to be kept and which names are looked up, where the configuration is another.
@@ -769,7 +835,17 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
         .filter(|l| !shared.closing.has_stopped(l.direction))
         .flat_map(|l| l.addresses.iter().map(|a| ((l.name.clone(), *a), l.socket)))
         .collect();
-    let open_all = move || -> Result<Opened, Error> {
+    let inherited = |key: &ListenerKey, options: SocketOptions| -> std::io::Result<Vec<TcpListener>> {
+        let sockets = lock(&shared.inherited)
+            .as_mut()
+            .map(|inherited| inherited.listener(key, &format!("{options:?}")))
+            .unwrap_or_default();
+        sockets
+            .iter()
+            .try_for_each(|socket| socket.set_nonblocking(true))?;
+        Ok(sockets)
+    };
+    let open_all = || -> Result<Opened, Error> {
         if let Some(path) = &netns {
             Namespace::open(path)?.enter_thread()?;
         }
@@ -784,7 +860,13 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
             }
             let refused = |source| Error::io(format!("listener {:?} at {}", key.0, key.1))(source);
             let mut address = key.1;
-            for (index, sockets) in opened.sockets.iter_mut().enumerate() {
+            let inherited = inherited(&key, options).map_err(refused)?;
+            let taken = inherited.len();
+            for (index, socket) in inherited.into_iter().enumerate() {
+                address = socket.local_addr().map_err(refused)?;
+                opened.sockets[index % workers].push((key.clone(), socket));
+            }
+            for (index, sockets) in opened.sockets.iter_mut().enumerate().skip(taken) {
                 if index > 0 && !options.reuse_port {
                     break;
                 }
@@ -797,13 +879,55 @@ fn open(shared: &Shared, config: &Config) -> Result<Opened, Error> {
         Ok(opened)
     };
     // Entering a namespace is for a thread that ends: the control thread's own stays as it is.
-    let thread = std::thread::Builder::new()
-        .name("listen".to_owned())
-        .spawn(open_all);
-    let thread = thread.map_err(Error::io("starting a thread to listen"))?;
-    thread
-        .join()
-        .unwrap_or_else(|_| Err(Error::io("listening")(std::io::ErrorKind::Other.into())))
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("listen".to_owned());
+        let thread = thread.spawn_scoped(scope, open_all);
+        let thread = thread.map_err(Error::io("starting a thread to listen"))?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(Error::io("listening")(std::io::ErrorKind::Other.into())))
+    })
+}
+
+/// What a newer process is given.
+struct Giver {
+    shared: Arc<Shared>,
+    workers: Vec<mpsc::UnboundedSender<Command>>,
+    admin: Option<TcpListener>,
+}
+
+impl Give for Giver {
+    fn sockets(&self) -> Vec<Passed> {
+        let (answer, answers) = std::sync::mpsc::channel();
+        for worker in &self.workers {
+            // A worker that is gone listens to nothing.
+            let _ = worker.send(Command::Copy(answer.clone()));
+        }
+        drop(answer);
+        let how = lock(&self.shared.bound).clone();
+        let options = |key: &ListenerKey| how.get(key).map(|(_, options)| format!("{options:?}"));
+        let listener = |(key, socket): (ListenerKey, TcpListener)| Passed {
+            options: options(&key).unwrap_or_default(),
+            listener: Some(key.0),
+            address: key.1,
+            socket,
+        };
+        let mut all: Vec<Passed> = answers.iter().flatten().map(listener).collect();
+        let configured = self.shared.config.load().admin;
+        let admin = self.admin.as_ref().and_then(|admin| admin.try_clone().ok());
+        all.extend(configured.zip(admin).map(|(address, socket)| Passed {
+            listener: None,
+            address,
+            options: String::new(),
+            socket,
+        }));
+        all
+    }
+
+    fn handed_over(&self) {
+        self.shared.handed_over.store(true, Ordering::Release);
+        self.shared.quit();
+    }
 }
 
 /// Makes `config` (or the one already there) the one in force and tells the workers.

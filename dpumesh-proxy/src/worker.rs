@@ -6,6 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -58,6 +59,8 @@ const DRAIN_TICK: Duration = Duration::from_millis(20);
 pub enum Command {
     /// Take the configuration in the shared pointer; these sockets are new.
     Apply(Vec<(ListenerKey, TcpListener)>),
+    /// Answer with a copy of each listening socket.
+    Copy(std::sync::mpsc::Sender<Vec<(ListenerKey, TcpListener)>>),
     /// Close the sockets of these listeners; connections go on.
     StopListening(Which),
     /// Stop accepting; end connections at their next response; end all at `deadline`.
@@ -459,7 +462,7 @@ async fn control(start: Start) {
     let Start {
         config, mut commands, ..
     } = start;
-    let mut accepting: HashMap<ListenerKey, Accepting> = HashMap::new();
+    let mut accepting: HashMap<ListenerKey, Vec<Accepting>> = HashMap::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -487,11 +490,15 @@ async fn control(start: Start) {
                     };
                     accepting
                         .extract_if(|key, _| stopped(&key.0))
-                        .for_each(|(key, last)| last.end(&worker, &key.0));
+                        .for_each(|(key, last)| end_all(last, &worker, &key.0));
+                }
+                Some(Command::Copy(answer)) => {
+                    // Nobody waits any more where this fails.
+                    let _ = answer.send(copies(&accepting));
                 }
                 Some(Command::Drain { idle, deadline }) => {
                     worker.draining.set(Some((idle, deadline)));
-                    accepting.drain().for_each(|(key, last)| last.end(&worker, &key.0));
+                    accepting.drain().for_each(|(key, last)| end_all(last, &worker, &key.0));
                     worker.wake_all();
                 }
             },
@@ -536,20 +543,36 @@ impl Accepting {
     }
 }
 
+fn end_all(all: Vec<Accepting>, worker: &Rc<Worker>, name: &str) {
+    all.into_iter().for_each(|last| last.end(worker, name));
+}
+
+/// The same sockets once more, for another process.
+fn copies(accepting: &HashMap<ListenerKey, Vec<Accepting>>) -> Vec<(ListenerKey, TcpListener)> {
+    let all = accepting
+        .iter()
+        .flat_map(|(key, all)| all.iter().map(move |one| (key, one)));
+    let copy = |(key, one): (&ListenerKey, &Accepting)| {
+        let copy = one.socket.as_fd().try_clone_to_owned().ok()?;
+        Some((key.clone(), TcpListener::from(copy)))
+    };
+    all.filter_map(copy).collect()
+}
+
 /// Takes up new sockets; those whose listener is gone have ended before.
 fn begin_listening(
     worker: &Rc<Worker>,
-    accepting: &mut HashMap<ListenerKey, Accepting>,
+    accepting: &mut HashMap<ListenerKey, Vec<Accepting>>,
     sockets: Vec<(ListenerKey, TcpListener)>,
 ) {
-    for (key, socket) in sockets {
-        if let Some(old) = accepting.remove(&key) {
-            old.end(worker, &key.0);
+    for (key, _) in &sockets {
+        if let Some(old) = accepting.remove(key) {
+            end_all(old, worker, &key.0);
         }
+    }
+    for (key, socket) in sockets {
         match Accepting::start(worker, &key.0, socket) {
-            Ok(new) => {
-                accepting.insert(key, new);
-            }
+            Ok(new) => accepting.entry(key).or_default().push(new),
             Err(error) => {
                 tracing::error!(listener = %key.0, address = %key.1, %error, "a listening socket was lost");
             }
@@ -558,14 +581,14 @@ fn begin_listening(
 }
 
 /// Ends the sockets that `config` does not have, while the configuration that has them is still in force.
-fn end_listening(worker: &Rc<Worker>, accepting: &mut HashMap<ListenerKey, Accepting>, config: &Config) {
+fn end_listening(worker: &Rc<Worker>, accepting: &mut HashMap<ListenerKey, Vec<Accepting>>, config: &Config) {
     let is_gone = |(name, address): &ListenerKey| {
         let mut listeners = config.listeners.iter();
         !listeners.any(|l| l.name == *name && l.addresses.contains(address))
     };
     accepting
         .extract_if(|key, _| is_gone(key))
-        .for_each(|(key, gone)| gone.end(worker, &key.0));
+        .for_each(|(key, gone)| end_all(gone, worker, &key.0));
 }
 
 async fn accept(worker: Rc<Worker>, name: String, socket: Rc<tokio::net::TcpListener>) {

@@ -8,6 +8,7 @@ mod ext_authz;
 mod floods;
 mod framing;
 mod h2spec;
+mod hand_over;
 mod harness;
 mod health;
 mod http;
