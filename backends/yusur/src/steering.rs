@@ -25,11 +25,11 @@ use dpumesh_core::{
 };
 
 use crate::entry::number_of_port;
-use crate::error::error;
+use crate::error::{NAME, error};
 use crate::rules::{Decision, Done, Rules, Script, Soft};
 use crate::sys::Failure;
-use crate::table::{self, Entry, Key, Tunnel};
-use crate::tables::Setup;
+use crate::table::{self, Key, Tunnel};
+use crate::tables::{Held, Setup};
 use crate::worker::{Asker, Shared, Worker};
 
 const APPLY: &str = "steering.apply";
@@ -77,6 +77,7 @@ impl FlowSteering for Steering {
             .ask(LIST, move |worker| {
                 Box::pin(async move {
                     worker.shared.present(LIST)?;
+                    worker.look_again(LIST).await?;
                     Ok(worker.rules.list(owner))
                 })
             })
@@ -170,6 +171,13 @@ struct Told {
 impl Worker {
     /// Carries out a batch; the card is there and the fence is good.
     pub(crate) async fn apply(&mut self, batch: &Batch) -> Result<BatchOutcome> {
+        self.look_again(APPLY).await?;
+        let outcome = self.carry_out(batch).await;
+        self.rules.tables.settle();
+        outcome
+    }
+
+    async fn carry_out(&mut self, batch: &Batch) -> Result<BatchOutcome> {
         if batch.operations.len() > BATCH_MAX as usize {
             self.rules.decide(batch, &[])?; // refuses it
         }
@@ -191,14 +199,13 @@ impl Worker {
             .filter(|failure| crate::error::is_lost(failure))
         {
             let lost = lost.clone();
-            self.rules.tables.settle();
             return Err(self.failed(APPLY, lost).effect(Effect::Unknown));
         }
-        self.settle_results(&mut decision, &told).await?;
+        self.settle_results(batch, &mut decision, &told).await?;
         if batch.atomicity != Atomicity::Continue && decision.results.iter().any(Result::is_err) {
             return Ok(self.undo(decision, batch.operations.len()).await);
         }
-        self.finish(&mut decision, &told)?;
+        self.finish(batch, &mut decision, &told)?;
         Ok(BatchOutcome::new(decision.results))
     }
 
@@ -227,14 +234,23 @@ impl Worker {
         for setup in &script.setups {
             if let Err(failure) = self.set_up(setup) {
                 told.hard_failed.get_or_insert(failure);
+                if let Setup::Create(table) = setup {
+                    self.rules.tables.was_not_made(table.id);
+                }
             }
         }
-        let writes: Vec<Entry> = script
-            .writes
-            .into_iter()
-            .filter(|(index, entry)| entry.op == table::OP_DELETE || !told.soft_failed.contains_key(index))
-            .map(|(_, entry)| entry)
-            .collect();
+        // An entry may need the table or tunnel that could not be set up, and with a number used again find a former one.
+        let is_set_up = told.hard_failed.is_none();
+        let mut writes = Vec::with_capacity(script.writes.len());
+        for (index, entry) in script.writes {
+            if entry.op == table::OP_DELETE {
+                if self.rules.tables.is_made(entry.table) {
+                    writes.push(entry);
+                }
+            } else if !told.soft_failed.contains_key(&index) && is_set_up {
+                writes.push(entry);
+            }
+        }
         for chunk in writes.chunks(self.rules.tables.limits().batch_max.max(1) as usize) {
             match self.device.entries_write(self.generation, chunk) {
                 Ok(result) if result.failed == 0 && result.done == chunk.len() as u64 => {}
@@ -297,71 +313,132 @@ impl Worker {
     }
 
     /// Gives each operation its answer after software or card did not do everything.
-    async fn settle_results(&mut self, decision: &mut Decision, told: &Told) -> Result<()> {
+    async fn settle_results(&mut self, batch: &Batch, decision: &mut Decision, told: &Told) -> Result<()> {
         if told.soft_failed.is_empty() && told.hard_failed.is_none() {
             return Ok(());
         }
         let mut repairs = Decision::default();
+        let mut kept = BTreeSet::new();
         for (index, failed) in &told.soft_failed {
-            if let Some(slot) = placed_by(&decision.log, *index) {
+            let mut placed = decision.log.iter().filter(|(at, _)| at == index);
+            if let Some(slot) = placed.find_map(|(_, done)| self.rules.standing(done)) {
                 self.rules.drop_rule(*index, slot, &mut repairs);
             }
             decision.results[*index] = Err(failed.clone().index(*index));
+            repeat(batch, &mut decision.results, *index);
         }
         if let Some(failure) = &told.hard_failed {
-            let there = self
-                .read_back(&decision.log)
-                .map_err(|failure| self.failed(APPLY, failure).effect(Effect::Unknown))?;
-            let placed: Vec<(usize, u32)> = decision
-                .log
-                .iter()
-                .filter_map(|(index, done)| match done {
-                    Done::Placed { slot, .. } => Some((*index, *slot)),
-                    _ => None,
-                })
-                .collect();
-            let reason = format!("the card refused it: {}", failure.text);
-            for (index, slot) in placed {
-                let held = self.rules.by_slot(slot).and_then(|rule| rule.hard.clone());
-                let Some(held) = held else { continue };
-                let is_there = |key: &Key| there.get(&(held.table, *key)) == Some(&held.user);
-                if held.keys.iter().all(is_there) {
-                    continue;
+            let there = match self.read_back(&decision.log) {
+                Ok(there) => there,
+                Err(failure) => {
+                    self.unsure = true;
+                    return Err(self.failed(APPLY, failure).effect(Effect::Unknown));
                 }
-                let result = self.rules.refused_by_card(index, slot, &reason, &mut repairs);
-                decision.results[index] = result
-                    .map(Change::Added)
-                    .map_err(|refused| refused.vendor_code(failure.status.into()));
-            }
+            };
+            let reason = format!("the card refused it: {}", failure.text);
             for (index, done) in &decision.log {
-                let (Done::Removed { rule, .. }, Ok(_)) = (done, &decision.results[*index]) else {
+                let (Done::Placed { .. }, Some(slot)) = (done, self.rules.standing(done)) else {
                     continue;
                 };
-                let Some(held) = &rule.hard else { continue };
-                if held
-                    .keys
-                    .iter()
-                    .any(|key| there.get(&(held.table, *key)) == Some(&held.user))
-                {
-                    repairs
-                        .script
-                        .writes
-                        .extend(held.deletes().map(|entry| (*index, entry)));
+                let held = self.rules.by_slot(slot).and_then(|rule| rule.hard.as_ref());
+                let is_there =
+                    |key: &Key| held.is_some_and(|held| there.get(&(held.table, *key)) == Some(&held.user));
+                if held.is_none_or(|held| held.keys.iter().all(is_there)) {
+                    continue;
+                }
+                let result = self.rules.refused_by_card(*index, slot, &reason, &mut repairs);
+                decision.results[*index] = result
+                    .map(Change::Added)
+                    .map_err(|refused| refused.vendor_code(failure.status.into()));
+                repeat(batch, &mut decision.results, *index);
+            }
+            for (index, done) in &decision.log {
+                let held = match done {
+                    Done::Removed { rule, .. } => rule.hard.as_ref(),
+                    Done::Demoted { held, .. } => Some(&**held),
+                    Done::Placed { .. } => None,
+                };
+                let Some(held) = held else { continue };
+                let is_there = |key: &Key| there.get(&(held.table, *key)) == Some(&held.user);
+                if held.keys.iter().any(is_there) {
+                    kept.insert(*index);
+                    let writes = &mut repairs.script.writes;
+                    writes.extend(held.deletes().map(|entry| (*index, entry)));
                 }
             }
         }
-        let deletes: BTreeSet<usize> = repairs.script.writes.iter().map(|(index, _)| *index).collect();
         let again = self.tell(std::mem::take(&mut repairs.script)).await;
         if let Some(failure) = again.hard_failed {
             // The card keeps what it was told twice to give up: nobody may believe that it is gone.
+            self.unsure = true;
             let failed = self.failed(APPLY, failure).effect(Effect::Partial);
-            for index in deletes {
+            for index in kept {
                 decision.results[index] = Err(failed.clone().index(index));
             }
         }
-        self.carry(&repairs.log, &again.soft_final)?;
         decision.log.append(&mut repairs.log);
         Ok(())
+    }
+
+    /// Makes the card agree with the books again after answers that left open what it did.
+    ///
+    /// What it has too much is removed, what it lacks is put there again; a rule that it refuses then acts in software, or is
+    /// gone if it may not.
+    pub(crate) async fn look_again(&mut self, operation: &'static str) -> Result<()> {
+        if !self.unsure {
+            return Ok(());
+        }
+        let there = self.read_all(operation)?;
+        let mut script = self.surplus(&there);
+        for (_, held) in self.rules.lacking(&there) {
+            script.setups.extend(self.rules.tables.setups_again(&held));
+            script.writes.extend(held.puts().map(|entry| (0, entry)));
+        }
+        let told = self.tell(script).await;
+        let Some(failure) = told.hard_failed else {
+            self.unsure = false;
+            return Ok(());
+        };
+        let reason = format!("the card refused it: {}", failure.text);
+        let there = self.read_all(operation)?;
+        let mut repairs = Decision {
+            script: self.surplus(&there),
+            ..Decision::default()
+        };
+        for (slot, _) in self.rules.lacking(&there) {
+            let refused = self.rules.refused_by_card(0, slot, &reason, &mut repairs);
+            if let Err(failed) = refused {
+                tracing::warn!(backend = NAME, %failed, "a rule is not on the card any more");
+            }
+        }
+        let again = self.tell(std::mem::take(&mut repairs.script)).await;
+        self.carry(&repairs.log);
+        self.rules.tables.settle();
+        match again.hard_failed {
+            Some(failure) => Err(self.failed(operation, failure)),
+            None => {
+                self.unsure = false;
+                Ok(())
+            }
+        }
+    }
+
+    /// Entries of the card that no rule has.
+    fn surplus(&self, there: &HashMap<(u32, Key), u64>) -> Script {
+        let known: HashMap<(u32, Key), u64> = self.rules.tables.keys().collect();
+        let unknown = there.iter().filter(|(key, user)| known.get(key) != Some(user));
+        Script {
+            writes: unknown
+                .map(|((table, key), _)| (0, Held::delete(*table, *key)))
+                .collect(),
+            ..Script::default()
+        }
+    }
+
+    fn read_all(&mut self, operation: &'static str) -> Result<HashMap<(u32, Key), u64>> {
+        let tables = self.rules.tables.tables().collect();
+        let there = self.read(tables);
+        there.map_err(|failure| self.failed(operation, failure))
     }
 
     /// What the tables that a batch touched hold: who has which key.
@@ -375,6 +452,10 @@ impl Worker {
             };
             tables.extend(held.map(|held| held.table));
         }
+        self.read(tables)
+    }
+
+    fn read(&self, tables: BTreeSet<u32>) -> std::result::Result<HashMap<(u32, Key), u64>, Failure> {
         let mut there = HashMap::new();
         for id in tables {
             match self.device.entries_read(id) {
@@ -391,7 +472,7 @@ impl Worker {
     async fn undo(&mut self, decision: Decision, operations: usize) -> BatchOutcome {
         let script = self.rules.take_back(decision.log);
         let told = self.tell(script).await;
-        self.rules.tables.settle();
+        self.unsure |= told.hard_failed.is_some();
         let failed = match (told.hard_failed, told.soft_failed.into_values().next()) {
             (Some(failure), _) => Some(self.failed(APPLY, failure).effect(Effect::Partial)),
             (None, failed) => failed,
@@ -401,9 +482,10 @@ impl Worker {
     }
 
     /// Final counters of what was removed, and what demoted rules take along.
-    fn finish(&mut self, decision: &mut Decision, told: &Told) -> Result<()> {
+    fn finish(&mut self, batch: &Batch, decision: &mut Decision, told: &Told) -> Result<()> {
         let epoch = self.shared.life().epoch;
-        self.carry(&decision.log, &told.soft_final)?;
+        self.carry(&decision.log);
+        self.tell_places(batch, decision);
         let mut finals: Vec<(usize, u32)> = Vec::new();
         for (index, done) in &decision.log {
             let Done::Removed { rule, .. } = done else {
@@ -423,35 +505,74 @@ impl Worker {
             }
         }
         let ids: Vec<u32> = finals.iter().map(|(_, id)| *id).collect();
-        if !ids.is_empty() {
-            let read = self.device.counters_read(&ids);
-            let read = read.map_err(|failure| self.failed(APPLY, failure).effect(Effect::Applied))?;
-            for ((index, _), counted) in finals.into_iter().zip(read) {
-                if let Some(Ok(Change::Removed(Some(counters)))) = decision.results.get_mut(index) {
-                    counters.packets += counted.packets;
-                    counters.octets += counted.octets;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        match self.device.counters_read(&ids) {
+            Ok(read) => {
+                for ((index, _), counted) in finals.into_iter().zip(read) {
+                    if let Some(Ok(Change::Removed(Some(counters)))) = decision.results.get_mut(index) {
+                        counters.packets += counted.packets;
+                        counters.octets += counted.octets;
+                    }
                 }
+                Ok(())
+            }
+            Err(failure) => {
+                let is_lost = crate::error::is_lost(&failure);
+                let failed = self.failed(APPLY, failure);
+                if is_lost {
+                    return Err(failed.effect(Effect::Unknown));
+                }
+                for (index, _) in finals {
+                    decision.results[index] = Err(failed.clone().effect(Effect::Applied).index(index));
+                }
+                Ok(())
             }
         }
-        self.rules.tables.settle();
-        Ok(())
     }
 
-    /// Rules that left hardware take their counts along.
-    fn carry(&mut self, log: &[(usize, Done)], _soft: &HashMap<usize, Counters>) -> Result<()> {
+    /// A rule that a later operation of its batch took out of hardware is said to be where it is.
+    fn tell_places(&self, batch: &Batch, decision: &mut Decision) {
+        let demoted = decision.log.iter().filter_map(|(_, done)| match done {
+            Done::Demoted { slot, .. } => Some(*slot),
+            _ => None,
+        });
+        let demoted: BTreeSet<u32> = demoted.collect();
+        if demoted.is_empty() {
+            return;
+        }
+        for (index, done) in &decision.log {
+            if let Some(slot) = self.rules.standing(done).filter(|slot| demoted.contains(slot))
+                && let (Some(Ok(Change::Added(said))), Some(placement)) =
+                    (decision.results.get_mut(*index), self.rules.placement(slot))
+            {
+                *said = placement;
+                repeat(batch, &mut decision.results, *index);
+            }
+        }
+    }
+
+    /// Rules that left hardware take their counts along. Counts that cannot be read any more are lost.
+    fn carry(&mut self, log: &[(usize, Done)]) {
         for (_, done) in log {
             let Done::Demoted { slot, held } = done else {
                 continue;
             };
             let Some(id) = held.counter else { continue };
-            let counted = self.device.counters_read(&[id]);
-            let counted = counted.map_err(|failure| self.failed(APPLY, failure).effect(Effect::Applied))?;
-            if let (Some(rule), Some(counted)) = (self.rules.by_slot_mut(*slot), counted.first()) {
-                rule.carried.0 += counted.packets;
-                rule.carried.1 += counted.octets;
+            match self.device.counters_read(&[id]) {
+                Ok(counted) => {
+                    if let (Some(rule), Some(counted)) = (self.rules.by_slot_mut(*slot), counted.first()) {
+                        rule.carried.0 += counted.packets;
+                        rule.carried.1 += counted.octets;
+                    }
+                }
+                Err(failure) => {
+                    let failed = self.failed(APPLY, failure);
+                    tracing::warn!(backend = NAME, %failed, "what a rule had counted in hardware is lost");
+                }
             }
         }
-        Ok(())
     }
 
     fn soft_unit(&self) -> CounterUnit {
@@ -653,6 +774,7 @@ impl Worker {
             for (rule, result) in chunk.iter().zip(outcome.results) {
                 match result {
                     Ok(_) => count += 1,
+                    Err(_) if self.rules.rule_of(rule.owner, rule.cookie).is_some() => count += 1,
                     Err(failed) => {
                         tracing::warn!(cookie = %rule.cookie, %failed, "a rule did not come back");
                         refused.push(Operation::Remove {
@@ -721,12 +843,29 @@ impl Worker {
     }
 }
 
-/// The slot that an operation of the log installed a rule in.
-fn placed_by(log: &[(usize, Done)], operation: usize) -> Option<u32> {
-    log.iter().find_map(|(index, done)| match done {
-        Done::Placed { slot, .. } if *index == operation => Some(*slot),
-        _ => None,
-    })
+/// Additions of the same rule behind one whose answer changed: theirs is the same.
+fn repeat(batch: &Batch, results: &mut [Result<Change>], index: usize) {
+    let named = |operation: &Operation| match operation {
+        Operation::Add(rule) => rule.cookie,
+        Operation::Remove { cookie, .. } => *cookie,
+    };
+    let Some(cookie) = batch.operations.get(index).map(named) else {
+        return;
+    };
+    let answer = results[index].clone();
+    for (at, result) in results.iter_mut().enumerate().skip(index + 1) {
+        if batch.operations.get(at).map(named) != Some(cookie) {
+            continue;
+        }
+        if !matches!(result, Ok(Change::Present(_))) {
+            return;
+        }
+        *result = match &answer {
+            Ok(Change::Added(placement)) => Ok(Change::Present(placement.clone())),
+            Ok(other) => Ok(other.clone()),
+            Err(failed) => Err(failed.clone().index(at)),
+        };
+    }
 }
 
 /// Outcome of a batch that was undone: what failed says so, everything else was skipped.
