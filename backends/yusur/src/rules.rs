@@ -23,7 +23,7 @@ use dpumesh_hw::steering::{Plan, RuleStore, TableChange, overlap};
 
 use crate::entry::compile;
 use crate::error::NAME;
-use crate::table::{Entry, Limits};
+use crate::table::{Entry, Key, Limits};
 use crate::tables::{Held, Setup, Shortage, Tables};
 
 const APPLY: &str = "steering.apply";
@@ -524,6 +524,39 @@ impl Rules {
             cookie: found.rule.cookie,
         };
         let _ = self.remove(index, &remove, decision); // its own owner's, and it is there
+    }
+
+    /// The slot of the rule that an operation installed, while it is there: slots are used again in one batch.
+    pub(crate) fn standing(&self, done: &Done) -> Option<u32> {
+        let Done::Placed { slot, plan } = done else {
+            return None;
+        };
+        let here = &self.by_slot.get(slot)?.rule;
+        let installed = |change: &TableChange| matches!(change, TableChange::Installed { rule, .. } if Arc::ptr_eq(rule, here));
+        plan.changes.iter().any(installed).then_some(*slot)
+    }
+
+    /// Rules that should be in hardware and of which the card lacks a part.
+    pub(crate) fn lacking(&self, there: &HashMap<(u32, Key), u64>) -> Vec<(u32, Held)> {
+        let is_there = |held: &Held| {
+            let mut keys = held.keys.iter();
+            keys.all(|key| there.get(&(held.table, *key)) == Some(&held.user))
+        };
+        let held = self
+            .by_slot
+            .iter()
+            .filter_map(|(slot, rule)| Some((*slot, rule.hard.as_ref()?)));
+        held.filter(|(_, held)| !is_there(held))
+            .map(|(slot, held)| (slot, held.clone()))
+            .collect()
+    }
+
+    /// Where the rule in a slot acts.
+    pub(crate) fn placement(&self, slot: u32) -> Option<Placement> {
+        let mut rules = self.store.rules();
+        rules
+            .find(|(at, ..)| *at == slot)
+            .map(|(.., placement)| placement.clone())
     }
 
     pub(crate) fn by_slot(&self, slot: u32) -> Option<&Rule> {

@@ -11,24 +11,25 @@
 //! the tables are read back, so each operation gets its own answer all the same: a rule that the card did not take acts
 //! in software, or is refused where it may not.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod counting;
+mod lives;
+mod settle;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use dpumesh_core::steering::{
-    Action, Atomicity, Batch, BatchOutcome, Change, Cookie, Counters, Encapsulation, InstalledRule,
-    MissPolicy, Occupancy, Operation, Owner, PlacementRequest, SteeringRule, Undone, Verdict,
+    Atomicity, Batch, BatchOutcome, Change, Cookie, Counters, Encapsulation, InstalledRule, MissPolicy,
+    Occupancy, Operation, Owner, PlacementRequest, SteeringRule, Undone, Verdict,
 };
-use dpumesh_core::{
-    BackendExt, Capabilities, CounterUnit, Effect, Epoch, Error, ErrorKind, Event, Fence, FlowSteering,
-    PortRef, Result,
-};
+use dpumesh_core::{BackendExt, Effect, Error, ErrorKind, Fence, FlowSteering, PortRef, Result};
 
 use crate::entry::number_of_port;
 use crate::error::error;
-use crate::rules::{Decision, Done, Rules, Script, Soft};
+use crate::rules::{Decision, Rules, Script, Soft};
 use crate::sys::Failure;
-use crate::table::{self, Entry, Key, Tunnel};
+use crate::table::{self, Tunnel};
 use crate::tables::Setup;
 use crate::worker::{Asker, Shared, Worker};
 
@@ -77,6 +78,7 @@ impl FlowSteering for Steering {
             .ask(LIST, move |worker| {
                 Box::pin(async move {
                     worker.shared.present(LIST)?;
+                    worker.look_again(LIST).await?;
                     Ok(worker.rules.list(owner))
                 })
             })
@@ -170,6 +172,13 @@ struct Told {
 impl Worker {
     /// Carries out a batch; the card is there and the fence is good.
     pub(crate) async fn apply(&mut self, batch: &Batch) -> Result<BatchOutcome> {
+        self.look_again(APPLY).await?;
+        let outcome = self.carry_out(batch).await;
+        self.rules.tables.settle();
+        outcome
+    }
+
+    async fn carry_out(&mut self, batch: &Batch) -> Result<BatchOutcome> {
         if batch.operations.len() > BATCH_MAX as usize {
             self.rules.decide(batch, &[])?; // refuses it
         }
@@ -191,14 +200,13 @@ impl Worker {
             .filter(|failure| crate::error::is_lost(failure))
         {
             let lost = lost.clone();
-            self.rules.tables.settle();
             return Err(self.failed(APPLY, lost).effect(Effect::Unknown));
         }
-        self.settle_results(&mut decision, &told).await?;
+        self.settle_results(batch, &mut decision, &told).await?;
         if batch.atomicity != Atomicity::Continue && decision.results.iter().any(Result::is_err) {
             return Ok(self.undo(decision, batch.operations.len()).await);
         }
-        self.finish(&mut decision, &told)?;
+        self.finish(batch, &mut decision, &told)?;
         Ok(BatchOutcome::new(decision.results))
     }
 
@@ -227,14 +235,23 @@ impl Worker {
         for setup in &script.setups {
             if let Err(failure) = self.set_up(setup) {
                 told.hard_failed.get_or_insert(failure);
+                if let Setup::Create(table) = setup {
+                    self.rules.tables.was_not_made(table.id);
+                }
             }
         }
-        let writes: Vec<Entry> = script
-            .writes
-            .into_iter()
-            .filter(|(index, entry)| entry.op == table::OP_DELETE || !told.soft_failed.contains_key(index))
-            .map(|(_, entry)| entry)
-            .collect();
+        // An entry may need the table or tunnel that could not be set up, and with a number used again find a former one.
+        let is_set_up = told.hard_failed.is_none();
+        let mut writes = Vec::with_capacity(script.writes.len());
+        for (index, entry) in script.writes {
+            if entry.op == table::OP_DELETE {
+                if self.rules.tables.is_made(entry.table) {
+                    writes.push(entry);
+                }
+            } else if !told.soft_failed.contains_key(&index) && is_set_up {
+                writes.push(entry);
+            }
+        }
         for chunk in writes.chunks(self.rules.tables.limits().batch_max.max(1) as usize) {
             match self.device.entries_write(self.generation, chunk) {
                 Ok(result) if result.failed == 0 && result.done == chunk.len() as u64 => {}
@@ -296,206 +313,17 @@ impl Worker {
         }
     }
 
-    /// Gives each operation its answer after software or card did not do everything.
-    async fn settle_results(&mut self, decision: &mut Decision, told: &Told) -> Result<()> {
-        if told.soft_failed.is_empty() && told.hard_failed.is_none() {
-            return Ok(());
-        }
-        let mut repairs = Decision::default();
-        let placed = placed(&decision.log);
-        for (index, failed) in &told.soft_failed {
-            let slots = placed.iter().filter(|(_, placed_by)| *placed_by == index);
-            for (slot, _) in slots {
-                self.rules.drop_rule(*index, *slot, &mut repairs);
-            }
-            decision.results[*index] = Err(failed.clone().index(*index));
-        }
-        if let Some(failure) = &told.hard_failed {
-            let there = self
-                .read_back(&decision.log)
-                .map_err(|failure| self.failed(APPLY, failure).effect(Effect::Unknown))?;
-            let reason = format!("the card refused it: {}", failure.text);
-            for (slot, index) in placed {
-                let held = self.rules.by_slot(slot).and_then(|rule| rule.hard.clone());
-                let Some(held) = held else { continue };
-                let is_there = |key: &Key| there.get(&(held.table, *key)) == Some(&held.user);
-                if held.keys.iter().all(is_there) {
-                    continue;
-                }
-                let result = self.rules.refused_by_card(index, slot, &reason, &mut repairs);
-                decision.results[index] = result
-                    .map(Change::Added)
-                    .map_err(|refused| refused.vendor_code(failure.status.into()));
-            }
-            for (index, done) in &decision.log {
-                let (Done::Removed { rule, .. }, Ok(_)) = (done, &decision.results[*index]) else {
-                    continue;
-                };
-                let Some(held) = &rule.hard else { continue };
-                if held
-                    .keys
-                    .iter()
-                    .any(|key| there.get(&(held.table, *key)) == Some(&held.user))
-                {
-                    repairs
-                        .script
-                        .writes
-                        .extend(held.deletes().map(|entry| (*index, entry)));
-                }
-            }
-        }
-        let deletes: BTreeSet<usize> = repairs.script.writes.iter().map(|(index, _)| *index).collect();
-        let again = self.tell(std::mem::take(&mut repairs.script)).await;
-        if let Some(failure) = again.hard_failed {
-            // The card keeps what it was told twice to give up: nobody may believe that it is gone.
-            let failed = self.failed(APPLY, failure).effect(Effect::Partial);
-            for index in deletes {
-                decision.results[index] = Err(failed.clone().index(index));
-            }
-        }
-        self.carry(&repairs.log, &again.soft_final)?;
-        decision.log.append(&mut repairs.log);
-        Ok(())
-    }
-
-    /// What the tables that a batch touched hold: who has which key.
-    fn read_back(&self, log: &[(usize, Done)]) -> std::result::Result<HashMap<(u32, Key), u64>, Failure> {
-        let mut tables = BTreeSet::new();
-        for (_, done) in log {
-            let held = match done {
-                Done::Placed { slot, .. } => self.rules.by_slot(*slot).and_then(|rule| rule.hard.as_ref()),
-                Done::Removed { rule, .. } => rule.hard.as_ref(),
-                Done::Demoted { held, .. } => Some(&**held),
-            };
-            tables.extend(held.map(|held| held.table));
-        }
-        let mut there = HashMap::new();
-        for id in tables {
-            match self.device.entries_read(id) {
-                Ok(entries) => there.extend(entries.into_iter().map(|entry| ((id, entry.key), entry.user))),
-                // The table itself could not be made: nothing is in it.
-                Err(failure) if failure.status == table::E_NOT_FOUND => {}
-                Err(failure) => return Err(failure),
-            }
-        }
-        Ok(there)
-    }
-
     /// Undoes a batch of which something failed on the card.
     async fn undo(&mut self, decision: Decision, operations: usize) -> BatchOutcome {
         let script = self.rules.take_back(decision.log);
         let told = self.tell(script).await;
-        self.rules.tables.settle();
+        self.unsure |= told.hard_failed.is_some();
         let failed = match (told.hard_failed, told.soft_failed.into_values().next()) {
             (Some(failure), _) => Some(self.failed(APPLY, failure).effect(Effect::Partial)),
             (None, failed) => failed,
         };
         let undone = failed.map_or(Undone::All, |failed| Undone::Failed(Box::new(failed)));
         rolled_back(decision.results, operations, undone)
-    }
-
-    /// Final counters of what was removed, and what demoted rules take along.
-    fn finish(&mut self, decision: &mut Decision, told: &Told) -> Result<()> {
-        let epoch = self.shared.life().epoch;
-        self.carry(&decision.log, &told.soft_final)?;
-        let mut finals: Vec<(usize, u32)> = Vec::new();
-        for (index, done) in &decision.log {
-            let Done::Removed { rule, .. } = done else {
-                continue;
-            };
-            let soft = told.soft_final.get(index).copied().unwrap_or_default();
-            let unit = self.soft_unit();
-            let soft = since(in_l2((soft.packets, soft.octets), unit), rule.base);
-            if let Some(Ok(Change::Removed(Some(counters)))) = decision.results.get_mut(*index) {
-                *counters = total(&[rule.carried, soft], epoch);
-                finals.extend(
-                    rule.hard
-                        .as_ref()
-                        .and_then(|held| held.counter)
-                        .map(|id| (*index, id)),
-                );
-            }
-        }
-        let ids: Vec<u32> = finals.iter().map(|(_, id)| *id).collect();
-        if !ids.is_empty() {
-            let read = self.device.counters_read(&ids);
-            let read = read.map_err(|failure| self.failed(APPLY, failure).effect(Effect::Applied))?;
-            for ((index, _), counted) in finals.into_iter().zip(read) {
-                if let Some(Ok(Change::Removed(Some(counters)))) = decision.results.get_mut(index) {
-                    counters.packets += counted.packets;
-                    counters.octets += counted.octets;
-                }
-            }
-        }
-        self.rules.tables.settle();
-        Ok(())
-    }
-
-    /// Rules that left hardware take their counts along.
-    fn carry(&mut self, log: &[(usize, Done)], _soft: &HashMap<usize, Counters>) -> Result<()> {
-        for (_, done) in log {
-            let Done::Demoted { slot, held } = done else {
-                continue;
-            };
-            let Some(id) = held.counter else { continue };
-            let counted = self.device.counters_read(&[id]);
-            let counted = counted.map_err(|failure| self.failed(APPLY, failure).effect(Effect::Applied))?;
-            if let (Some(rule), Some(counted)) = (self.rules.by_slot_mut(*slot), counted.first()) {
-                rule.carried.0 += counted.packets;
-                rule.carried.1 += counted.octets;
-            }
-        }
-        Ok(())
-    }
-
-    fn soft_unit(&self) -> CounterUnit {
-        let floor = self
-            .soft()
-            .map(|floor| floor.capabilities().steering.counter_unit);
-        floor.unwrap_or_default()
-    }
-
-    async fn counters(&mut self, owner: Owner, cookies: &[Cookie]) -> Result<Vec<Option<Counters>>> {
-        const COUNTERS: &str = "steering.counters";
-        let epoch = self.shared.life().epoch;
-        let soft = self.soft_counters(owner, cookies).await?;
-        let mut answers = Vec::with_capacity(cookies.len());
-        let mut ids: Vec<(usize, u32)> = Vec::new();
-        for (i, cookie) in cookies.iter().enumerate() {
-            let rule = self.rules.rule_of(owner, *cookie);
-            answers.push(rule.filter(|rule| counts(&rule.rule)).map(|rule| {
-                ids.extend(rule.hard.as_ref().and_then(|held| held.counter).map(|id| (i, id)));
-                total(&[rule.carried, since(soft[i], rule.base)], epoch)
-            }));
-        }
-        let numbers: Vec<u32> = ids.iter().map(|(_, id)| *id).collect();
-        if numbers.is_empty() {
-            return Ok(answers);
-        }
-        let read = self.device.counters_read(&numbers);
-        let read = read.map_err(|failure| self.failed(COUNTERS, failure))?;
-        for ((i, _), counted) in ids.into_iter().zip(read) {
-            if let Some(counters) = &mut answers[i] {
-                counters.packets += counted.packets;
-                counters.octets += counted.octets;
-            }
-        }
-        Ok(answers)
-    }
-
-    async fn soft_counters(&self, owner: Owner, cookies: &[Cookie]) -> Result<Vec<(u64, u64)>> {
-        let steering = self.soft().and_then(|floor| floor.steering());
-        let Some(steering) = steering else {
-            return Ok(vec![(0, 0); cookies.len()]);
-        };
-        let unit = self.soft_unit();
-        let counted = steering.counters(owner, cookies).await?;
-        let pair = |counters: Option<Counters>| {
-            counters.map_or((0, 0), |counters| {
-                in_l2((counters.packets, counters.octets), unit)
-            })
-        };
-        Ok(counted.into_iter().map(pair).collect())
     }
 
     async fn flush(&mut self, owner: Owner) -> Result<u64> {
@@ -579,149 +407,6 @@ impl Worker {
         }
         Ok(all)
     }
-
-    /// The card says that nothing hit a rule for its idle time.
-    pub(crate) async fn aged(&mut self, user: u64) {
-        let Some((owner, cookie)) = self.rules.named(user) else {
-            return; // removed meanwhile
-        };
-        let batch = Batch::new(vec![Operation::Remove { owner, cookie }]);
-        let Ok(outcome) = self.apply(&batch).await else {
-            return; // the card is away: its rules begin a new life
-        };
-        if let Some(Ok(Change::Removed(counters))) = outcome.results.into_iter().next() {
-            let rules = vec![(cookie, counters)];
-            self.shared.raise(&Event::Aged { owner, rules });
-        }
-    }
-
-    /// Software removed rules that nothing hit.
-    pub(crate) fn aged_in_software(&mut self, owner: Owner, aged: Vec<(Cookie, Option<Counters>)>) {
-        let epoch = self.shared.life().epoch;
-        let unit = self.soft_unit();
-        let mut gone = Vec::new();
-        for (cookie, counters) in aged {
-            let Some(rule) = self
-                .rules
-                .rule_of(owner, cookie)
-                .filter(|rule| rule.hard.is_none())
-            else {
-                continue;
-            };
-            let (carried, base) = (rule.carried, rule.base);
-            let counters = counters.map(|counters| {
-                let soft = in_l2((counters.packets, counters.octets), unit);
-                total(&[carried, since(soft, base)], epoch)
-            });
-            let remove = Batch::new(vec![Operation::Remove { owner, cookie }]);
-            // In the books only: software has done it.
-            if self.rules.decide(&remove, &[]).is_ok() {
-                gone.push((cookie, counters));
-            }
-        }
-        self.rules.tables.settle();
-        if !gone.is_empty() {
-            self.shared.raise(&Event::Aged { owner, rules: gone });
-        }
-    }
-
-    /// Puts the rules of the former life into the present one and says how many there are.
-    pub(crate) async fn replay(
-        &mut self,
-        former: &Rules,
-        capabilities: &Capabilities,
-        same_floor: bool,
-    ) -> Result<usize> {
-        let mut rules: Vec<Arc<SteeringRule>> = former.all().map(|rule| Arc::clone(&rule.rule)).collect();
-        // Winners first: a rule then finds those that keep it out of hardware, instead of being demoted by them.
-        rules.sort_unstable_by_key(|rule| (rule.group, rule.priority, rule.cookie));
-        let longest = capabilities.steering.batch_max.max(1) as usize;
-        let mut refused: Vec<Operation> = Vec::new();
-        let mut count = 0;
-        for chunk in rules.chunks(longest) {
-            if same_floor {
-                self.forget_timed(chunk).await?;
-            }
-            let add = |rule: &Arc<SteeringRule>| Operation::Add((**rule).clone());
-            let outcome = self.apply(&Batch::new(chunk.iter().map(add).collect())).await?;
-            for (rule, result) in chunk.iter().zip(outcome.results) {
-                match result {
-                    Ok(_) => count += 1,
-                    Err(failed) => {
-                        tracing::warn!(cookie = %rule.cookie, %failed, "a rule did not come back");
-                        refused.push(Operation::Remove {
-                            owner: rule.owner,
-                            cookie: rule.cookie,
-                        });
-                    }
-                }
-            }
-        }
-        if same_floor {
-            let _ = self
-                .tell(Script {
-                    soft: refused.into_iter().map(|operation| (0, operation)).collect(),
-                    ..Script::default()
-                })
-                .await;
-            self.rebase().await?;
-        }
-        Ok(count)
-    }
-
-    /// Software's copies of rules that age differ by where the rule is: they are made anew.
-    async fn forget_timed(&mut self, rules: &[Arc<SteeringRule>]) -> Result<()> {
-        let timed = rules.iter().filter(|rule| rule.idle_timeout_ms.is_some());
-        let soft: Vec<(usize, Operation)> = timed
-            .map(|rule| {
-                let (owner, cookie) = (rule.owner, rule.cookie);
-                (0, Operation::Remove { owner, cookie })
-            })
-            .collect();
-        let told = self
-            .tell(Script {
-                soft,
-                ..Script::default()
-            })
-            .await;
-        match told
-            .soft_failed
-            .into_values()
-            .find(|failed| failed.kind == ErrorKind::DeviceLost)
-        {
-            Some(lost) => Err(lost),
-            None => Ok(()),
-        }
-    }
-
-    /// What software has counted so far belongs to the former life.
-    async fn rebase(&mut self) -> Result<()> {
-        let mut by_owner: BTreeMap<Owner, Vec<Cookie>> = BTreeMap::new();
-        for rule in self.rules.all().filter(|rule| rule.soft && counts(&rule.rule)) {
-            by_owner
-                .entry(rule.rule.owner)
-                .or_default()
-                .push(rule.rule.cookie);
-        }
-        let mut bases: HashMap<Cookie, (u64, u64)> = HashMap::new();
-        for (owner, cookies) in by_owner {
-            let counted = self.soft_counters(owner, &cookies).await?;
-            bases.extend(cookies.into_iter().zip(counted));
-        }
-        for rule in self.rules.all_mut() {
-            rule.base = bases.get(&rule.rule.cookie).copied().unwrap_or_default();
-        }
-        Ok(())
-    }
-}
-
-/// Which operation of the log installed the rule of each slot last: a slot that a batch empties may serve again.
-fn placed(log: &[(usize, Done)]) -> BTreeMap<u32, usize> {
-    let placed = log.iter().filter_map(|(index, done)| match done {
-        Done::Placed { slot, .. } => Some((*slot, *index)),
-        _ => None,
-    });
-    placed.collect()
 }
 
 /// Outcome of a batch that was undone: what failed says so, everything else was skipped.
@@ -731,34 +416,6 @@ fn rolled_back(mut results: Vec<Result<Change>>, operations: usize, undone: Undo
     }
     results.resize_with(operations, || Ok(Change::Skipped));
     BatchOutcome::new(results).undone(undone)
-}
-
-fn counts(rule: &SteeringRule) -> bool {
-    rule.actions.contains(&Action::Count)
-}
-
-fn total(parts: &[(u64, u64)], epoch: Epoch) -> Counters {
-    let mut counters = Counters {
-        epoch,
-        ..Counters::default()
-    };
-    for (packets, octets) in parts {
-        counters.packets += packets;
-        counters.octets += octets;
-    }
-    counters
-}
-
-fn since(counted: (u64, u64), base: (u64, u64)) -> (u64, u64) {
-    (counted.0.saturating_sub(base.0), counted.1.saturating_sub(base.1))
-}
-
-/// Octets with the Ethernet header, which the processor's counters have. A tag, which L3 counters do not tell, is left out.
-fn in_l2(counted: (u64, u64), unit: CounterUnit) -> (u64, u64) {
-    match unit {
-        CounterUnit::L2 => counted,
-        CounterUnit::L3 => (counted.0, counted.1 + 14 * counted.0),
-    }
 }
 
 fn tunnel(outer: &Encapsulation) -> Tunnel {

@@ -1,10 +1,10 @@
 //! [`Tables`]: what is in the card's steering tables, as far as one writer knows, and what is still free.
 //!
 //! The card has one table for each group, priority and set of fields (*profile*) in use; entries come from one pool.
-//! Counters and tunnels are numbered, and the numbers are given out here. What is given back in a batch is given out
+//! Counters and tunnels are numbered, and the numbers are given out here. What is given back in a batch, profiles too, is given out
 //! again only after it ([`Tables::settle`]): its last counts are not read yet, its entries may not be gone yet.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use dpumesh_core::steering::{Encapsulation, MeterId, Occupancy, SteeringRule};
 
@@ -28,6 +28,8 @@ pub(crate) struct Tables {
     tunnel_ids: Vec<u32>,
     meters: HashMap<MeterId, Meter>,
     freed: Freed,
+    /// Tables that the card did not make.
+    missing: BTreeSet<u32>,
 }
 
 /// Group, priority and fields.
@@ -100,6 +102,7 @@ impl Tables {
             tunnel_ids: (0..limits.tunnels).rev().collect(),
             meters: HashMap::new(),
             freed: Freed::default(),
+            missing: BTreeSet::new(),
         }
     }
 
@@ -273,14 +276,11 @@ impl Tables {
         }
     }
 
-    /// Gives a rule's share back; counters and tunnels are free after the batch.
+    /// Gives a rule's share back; profiles, counters and tunnels are free after the batch.
     pub(crate) fn release(&mut self, held: &Held) {
         self.entries -= held.keys.len() as u64;
         if let Some(uses) = self.profiles.get_mut(&held.place.2) {
-            *uses -= 1;
-            if *uses == 0 {
-                self.profiles.remove(&held.place.2);
-            }
+            *uses -= 1; // the card makes tables before it removes entries: free after the batch
         }
         if let Some(content) = self.tables.get_mut(&held.place) {
             for key in &held.keys {
@@ -315,9 +315,51 @@ impl Tables {
                 self.tunnel_ids.push(id);
             }
         }
+        self.profiles.retain(|_, uses| *uses > 0);
+        let (missing, ids) = (&mut self.missing, &mut self.ids);
+        self.tables.retain(|_, content| {
+            let is_gone = content.keys.is_empty() && missing.remove(&content.id);
+            if is_gone {
+                ids.push(content.id);
+            }
+            !is_gone
+        });
         for content in self.tables.values_mut() {
             content.idle = content.keys.is_empty();
         }
+    }
+
+    /// The card did not make this table: nothing can be put into it, and its place is free after the batch.
+    pub(crate) fn was_not_made(&mut self, id: u32) {
+        self.missing.insert(id);
+    }
+
+    /// The card has this table.
+    pub(crate) fn is_made(&self, id: u32) -> bool {
+        !self.missing.contains(&id)
+    }
+
+    /// Every key that the card should have, and the rule that has it.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = ((u32, Key), u64)> {
+        self.tables.values().flat_map(|content| {
+            let keys = content.keys.iter();
+            keys.map(|(key, user)| ((content.id, *key), *user))
+        })
+    }
+
+    /// Numbers of the tables.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = u32> {
+        self.tables.values().map(|content| content.id)
+    }
+
+    /// What the card has to be told again before a rule's entries.
+    pub(crate) fn setups_again(&self, held: &Held) -> Vec<Setup> {
+        let known = |outer: &Encapsulation| {
+            self.tunnels
+                .get(outer)
+                .map(|(id, _)| Setup::Tunnel(*id, outer.clone()))
+        };
+        held.tunnels.iter().filter_map(known).collect()
     }
 
     /// Use of `steering.hardware_rules`, `steering.masks` and `steering.counters`.
@@ -345,6 +387,16 @@ impl Held {
     /// The operations that take it off.
     pub(crate) fn deletes(&self) -> impl Iterator<Item = Entry> {
         self.entries(table::OP_DELETE)
+    }
+
+    /// What takes an entry off, whosever it is.
+    pub(crate) fn delete(table: u32, key: Key) -> Entry {
+        Entry {
+            op: table::OP_DELETE,
+            table,
+            key,
+            ..Entry::default()
+        }
     }
 
     fn entries(&self, op: u32) -> impl Iterator<Item = Entry> {

@@ -40,6 +40,10 @@ use crate::watch::{self, Hang};
 /// How long the waiter stays in the library at a time: the longest that a dropped backend keeps its handle.
 const WAIT_MS: u32 = 200;
 
+/// How often a card that is back is tried, and the time between.
+const ATTEMPTS: u32 = 5;
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Something to do on the worker's thread.
 type Job = Box<dyn for<'a> FnOnce(&'a mut Worker) -> Pin<Box<dyn Future<Output = ()> + 'a>> + Send>;
 
@@ -153,6 +157,8 @@ pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     pub(crate) rules: Rules,
     pub(crate) generation: u64,
+    /// The card may have done something else than the books say: its tables have to be read.
+    pub(crate) unsure: bool,
     pub(crate) marks: HighWater,
     np_alive: bool,
     floor_alive: bool,
@@ -192,6 +198,7 @@ pub(crate) fn start(device: Device, info: &Info, options: &Options) -> Result<(A
         shared: Arc::clone(&shared),
         rules,
         generation: info.generation,
+        unsure: false,
         marks: HighWater::default(),
         np_alive: true,
         floor_alive: true,
@@ -438,7 +445,18 @@ impl Worker {
             return;
         }
         let begun = std::time::Instant::now();
-        match self.revive().await {
+        let mut revived = self.revive().await;
+        for _ in 1..ATTEMPTS {
+            match &revived {
+                Err(failed) if failed.kind != ErrorKind::DeviceLost => {
+                    tracing::warn!(backend = NAME, %failed, "the card does not take its rules back: once more");
+                    tokio::time::sleep(PAUSE).await;
+                    revived = self.revive().await;
+                }
+                _ => break,
+            }
+        }
+        match revived {
             Ok(rules) => {
                 let epoch = self.shared.life().epoch;
                 let ms = begun.elapsed().as_millis() as u64;
@@ -468,6 +486,7 @@ impl Worker {
         }
         let fresh = Rules::new(limits, &capabilities.steering, epoch);
         let former = std::mem::replace(&mut self.rules, fresh);
+        self.unsure = false;
         let revived = self.refill(&former, &capabilities).await;
         let count = match revived {
             Ok(count) => count,

@@ -307,6 +307,33 @@ async fn counts_follow_a_rule_from_hardware_to_software() {
 }
 
 #[tokio::test]
+async fn what_a_rule_counted_is_carried_once_when_the_card_refuses_the_one_above() {
+    const COLLISION: i32 = dpumesh_yusur::table::E_COLLISION;
+    let test = fixture("");
+    let card = test.open().expect("opened");
+    let mut counting = rule(1, 3, Pattern::default(), Action::Drop);
+    counting.actions.insert(0, Action::Count);
+    add(&card, counting).await.expect("added");
+    let frame = [
+        &[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x08, 0x06][..],
+        &[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 2, 10, 0, 0, 1],
+        &[0; 10],
+    ]
+    .concat();
+    let port = dpumesh_core::PortRef::Uplink(0);
+    let inject = dpumesh_yusur_simulator::control::inject(port, &frame);
+    card.diagnose(&inject).await.expect("told");
+    let steering = card.require_steering().expect("steering");
+    let before = steering.counters(Owner::Agent, &[Cookie(1)]).await.expect("read")[0].expect("it counts");
+    assert_eq!(before.packets, 1);
+    card.diagnose(&format!("fail 1 {COLLISION}")).await.expect("told");
+    add(&card, rule(2, 1, to(1), Action::Punt)).await.expect("added");
+    assert!(in_software(&placement(&card, 1).await, "wins over it"));
+    let after = steering.counters(Owner::Agent, &[Cookie(1)]).await.expect("read");
+    assert_eq!(after[0], Some(before));
+}
+
+#[tokio::test]
 async fn without_a_floor_hardware_is_all_there_is() {
     let test = fixture("");
     let mut options = test.options();

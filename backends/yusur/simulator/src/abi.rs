@@ -16,7 +16,7 @@ use dpumesh_yusur::table::{
     ProgramTable, SteeringTable, Table, Tunnel,
 };
 
-use crate::card::{Bucket, Card, Status, Steering};
+use crate::card::{Bucket, Card, Status, Steering, Target};
 use crate::settings::Settings;
 
 /// Cards by PCI address.
@@ -294,7 +294,8 @@ function! {
         count: *mut usize
     ) {
         let from = given(cursor)?;
-        let state = handle(device)?.card.alive()?;
+        let mut state = handle(device)?.card.alive()?;
+        state.fails(Target::Read)?;
         let content = state.steering.tables.get(&table).ok_or(table::E_NOT_FOUND)?;
         let mut all: Vec<Entry> = content.entries.values().map(|held| held.entry).collect();
         all.sort_unstable_by_key(|entry| entry.key);
@@ -350,7 +351,8 @@ function! {
     /// Reads counters.
     counters_read(device: *mut Device, ids: *const u32, count: usize, counters: *mut Counter) {
         let ids = slice(ids, count)?;
-        let state = handle(device)?.card.alive()?;
+        let mut state = handle(device)?.card.alive()?;
+        state.fails(Target::Count)?;
         let read: Vec<Counter> = ids
             .iter()
             .map(|id| state.steering.counters.get(id).copied().unwrap_or_default())
@@ -382,6 +384,7 @@ function! {
     tunnel_set(device: *mut Device, generation: u64, id: u32, tunnel: *const Tunnel) {
         let tunnel = given(tunnel)?;
         let mut state = handle(device)?.card.fenced(generation)?;
+        state.fails(Target::Tunnel)?;
         if id >= state.limits().tunnels {
             return Err(table::E_NOT_FOUND);
         }

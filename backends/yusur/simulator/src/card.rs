@@ -45,8 +45,26 @@ pub struct State {
     events: VecDeque<Event>,
     /// Events that are not in the log any more.
     forgotten: u64,
-    /// So many of the next additions fail with this code.
-    sabotage: (u64, i32),
+    sabotage: HashMap<Target, (u64, i32)>,
+    /// The processor goes after so many more entries.
+    last_entries: Option<u64>,
+}
+
+/// What can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// Adding an entry.
+    Add,
+    /// Removing an entry.
+    Delete,
+    /// Making a table.
+    Create,
+    /// Reading a table.
+    Read,
+    /// Reading counters.
+    Count,
+    /// Setting a tunnel.
+    Tunnel,
 }
 
 /// Steering memory.
@@ -98,7 +116,8 @@ impl Card {
                 programs,
                 events: VecDeque::new(),
                 forgotten: 0,
-                sabotage: (0, 0),
+                sabotage: HashMap::new(),
+                last_entries: None,
                 settings,
             }),
             happened: Condvar::new(),
@@ -172,6 +191,7 @@ impl Card {
         let mut state = self.state();
         if !state.alive {
             state.alive = true;
+            state.last_entries = None;
             state.generation += 1;
             state.steering = Steering::default();
             state.programs = Programs::new(&state.limits());
@@ -202,9 +222,14 @@ impl Card {
         self.happened.notify_all();
     }
 
-    /// Makes so many of the next additions fail with a code.
-    pub fn sabotage(&self, count: u64, code: i32) {
-        self.state().sabotage = (count, code);
+    /// Makes so many of the next calls or entries of a kind fail with a code.
+    pub fn sabotage(&self, target: Target, count: u64, code: i32) {
+        self.state().sabotage.insert(target, (count, code));
+    }
+
+    /// The processor goes in the middle of a batch: after so many more entries.
+    pub fn lose_after(&self, entries: u64) {
+        self.state().last_entries = Some(entries);
     }
 
     /// Number of the next event.
@@ -280,6 +305,39 @@ impl State {
         self.settings.limits_in(self.mode)
     }
 
+    /// Fails where a test wants it.
+    ///
+    /// # Errors
+    /// The code that it named.
+    pub fn fails(&mut self, target: Target) -> Status {
+        match self.sabotage.get_mut(&target) {
+            Some((left, code)) if *left > 0 => {
+                *left -= 1;
+                Err(*code)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One more entry is written.
+    fn wears(&mut self) -> Status {
+        match &mut self.last_entries {
+            Some(0) => {
+                if self.alive {
+                    self.alive = false;
+                    let value = self.generation;
+                    self.raise(table::EVENT_LOST, value);
+                }
+                Err(table::E_GONE)
+            }
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
     fn raise(&mut self, kind: u32, value: u64) {
         if self.events.len() == LOG {
             self.events.pop_front();
@@ -322,6 +380,7 @@ impl State {
     /// # Errors
     /// `E_UNSUPPORTED`, `E_INVALID`, `E_EXISTS`, `E_FULL`.
     pub fn create(&mut self, table: SteeringTable) -> Status {
+        self.fails(Target::Create)?;
         let limits = self.limits();
         if limits.entries == 0 || table.fields & !limits.fields != 0 {
             return Err(table::E_UNSUPPORTED);
@@ -364,6 +423,11 @@ impl State {
     }
 
     fn write(&mut self, entry: &Entry) -> Status {
+        self.wears()?;
+        match entry.op {
+            table::OP_DELETE => self.fails(Target::Delete)?,
+            _ => self.fails(Target::Add)?,
+        }
         let limits = self.limits();
         let steering = &mut self.steering;
         let content = steering.tables.get_mut(&entry.table).ok_or(table::E_NOT_FOUND)?;
@@ -375,10 +439,6 @@ impl State {
                 Ok(())
             }
             table::OP_PUT => {
-                if self.sabotage.0 > 0 {
-                    self.sabotage.0 -= 1;
-                    return Err(self.sabotage.1);
-                }
                 check(entry, &limits)?;
                 let needs = |step: &Step| match step.kind {
                     table::STEP_METER => steering.meters.contains_key(&(step.arg as u32)),

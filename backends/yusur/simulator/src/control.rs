@@ -4,15 +4,19 @@
 //! |---|---|
 //! | `lose`, `restore` | the processor goes, comes back empty |
 //! | `set KEY=VALUE` | a [setting](crate::settings::Settings) from now on |
-//! | `fail COUNT CODE` | so many of the next additions fail |
+//! | `fail COUNT CODE [WHAT]` | so many of the next additions fail, or of WHAT: `delete`, `create`, `read`, `count`, `tunnel` |
+//! | `lose_after COUNT` | the processor goes after so many more entries |
 //! | `health CODE` | a condition is reported |
 //! | `pass TOKEN UP DOWN` | octets of a connection |
 //! | `inject PORT HEX` | a frame comes in; the answer is its fate |
 //! | `entries` | how many steering entries there are |
+//! | `alive` | 1, or 0 while it is gone |
+//! | `users` | whose they are: numbers of rules |
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use crate::card::{Card, Status};
+use crate::card::{Card, Status, Target};
 use crate::pipeline::Fate;
 
 /// Carries a command out.
@@ -36,7 +40,20 @@ pub fn command(card: &Card, text: &str) -> Status<String> {
                 Err(_) => Err(INVALID),
             };
         }
-        Some("fail") => card.sabotage(number(words.next())?, number(words.next())?),
+        Some("fail") => {
+            let (count, code) = (number(words.next())?, number(words.next())?);
+            let target = match words.next() {
+                None => Target::Add,
+                Some("delete") => Target::Delete,
+                Some("create") => Target::Create,
+                Some("read") => Target::Read,
+                Some("count") => Target::Count,
+                Some("tunnel") => Target::Tunnel,
+                Some(_) => return Err(INVALID),
+            };
+            card.sabotage(target, count, code);
+        }
+        Some("lose_after") => card.lose_after(number(words.next())?),
         Some("health") => card.set_health(number(words.next())?),
         Some("pass") => {
             let (token, up, down) = (
@@ -50,6 +67,16 @@ pub fn command(card: &Card, text: &str) -> Status<String> {
             let port = number(words.next())?;
             let octets = from_hex(words.next().unwrap_or_default()).ok_or(INVALID)?;
             return Ok(fate(&card.state().switch(port, &octets)));
+        }
+        Some("alive") => return Ok(u8::from(card.state().alive).to_string()),
+        Some("users") => {
+            let state = card.state();
+            let tables = state.steering.tables.values();
+            let users: BTreeSet<u64> = tables
+                .flat_map(|content| content.entries.values().map(|held| held.entry.user))
+                .collect();
+            let users: Vec<String> = users.iter().map(u64::to_string).collect();
+            return Ok(users.join(" "));
         }
         Some("entries") => return Ok(card.state().steering.entries.to_string()),
         _ => return Err(INVALID),
