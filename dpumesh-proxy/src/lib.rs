@@ -32,6 +32,7 @@ pub mod istio;
 pub mod jwt;
 pub mod levels;
 pub mod listener;
+pub mod overload;
 pub mod program;
 pub mod proxy_protocol;
 pub mod ratelimit;

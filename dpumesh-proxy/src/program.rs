@@ -34,6 +34,7 @@ use crate::hand_over::{self, Give, Inherited, Passed};
 use crate::health::keeper::Keeper;
 use crate::health::prober::Surroundings;
 use crate::health::{Report, Reporter};
+use crate::overload::{Manager, Overload};
 use crate::stats::{self, Registry, Shard};
 use crate::tls::Secrets;
 use crate::tls::context::{Secret, Shown};
@@ -328,6 +329,7 @@ impl Proxy {
         let sinks = Sinks::new(&registry).map_err(Error::io("starting the log writer"))?;
         let mut files = Files::open(&options.config_path)?;
         let mut config = files.load(&registry, &sinks)?;
+        let overload = files.overload(&registry)?;
         let ads = files.ads_server()?;
         let (found, resolved) = mpsc::unbounded_channel();
         let mut names = Names::new(options.stack_netns.clone(), found);
@@ -382,7 +384,7 @@ impl Proxy {
             }
         };
         *lock(&shared.admin) = admin.as_ref().and_then(|a| a.local_addr().ok());
-        let workers = start_workers(&shared)?;
+        let workers = start_workers(&shared, overload.as_ref().map(|o| Arc::clone(&o.overload)))?;
         let control = Control {
             shared: Arc::clone(&shared),
             files,
@@ -393,6 +395,7 @@ impl Proxy {
                 reports: shared.reports.clone(),
             }),
             names,
+            overload,
         };
         control.apply_first()?;
         shared
@@ -490,7 +493,8 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
-fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
+fn start_workers(shared: &Shared, overload: Option<Arc<Overload>>) -> Result<Vec<Running>, Error> {
+    let overload = overload.unwrap_or_default();
     let (ready, wait) = std::sync::mpsc::channel();
     let mut workers = Vec::new();
     for index in 0..shared.options.concurrency.max(1) {
@@ -504,6 +508,7 @@ fn start_workers(shared: &Shared) -> Result<Vec<Running>, Error> {
             secrets: Arc::<SecretFiles>::clone(&shared.secrets),
             reports: shared.reports.clone(),
             closing: Arc::clone(&shared.closing),
+            overload: Arc::clone(&overload),
             ready: ready.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -543,6 +548,8 @@ struct Control {
     workers: Vec<Running>,
     keeper: Keeper,
     names: Names,
+    /// What is done when there is too much of something.
+    overload: Option<Manager>,
 }
 
 /// Who looks names up, once there are any.
@@ -660,6 +667,9 @@ impl Control {
                 _ = look.tick() => {
                     self.look();
                     self.take_over(&mut giver);
+                    if let Some(overload) = &mut self.overload {
+                        overload.tick(Instant::now());
+                    }
                 }
                 Some(update) = updates.recv() => self.update(update),
                 Some(found) = resolved.recv() => self.place(found),

@@ -69,6 +69,8 @@ members! {
         CxIdleTimeout = "downstream_cx_idle_timeout" Counter,
         CxDrainClose = "downstream_cx_drain_close" Counter,
         CxMaxRequests = "downstream_cx_max_requests_reached" Counter,
+        CxOverloadKeepalive = "downstream_cx_overload_disable_keepalive" Counter,
+        RqOverloadClose = "downstream_rq_overload_close" Counter,
         CxLength = "downstream_cx_length_ms" Histogram,
         CxRxBytes = "downstream_cx_rx_bytes_total" Counter,
         CxTxBytes = "downstream_cx_tx_bytes_total" Counter,
@@ -133,6 +135,21 @@ members! {
     RbacShadow {
         Allowed = "shadow_allowed" Counter,
         Denied = "shadow_denied" Counter,
+    }
+}
+
+members! {
+    /// `overload.NAME.*`: how much of a resource is in use.
+    OverloadResource {
+        Pressure = "pressure" Gauge,
+    }
+}
+
+members! {
+    /// `overload.ACTION.*`: what is done for there is too much of one.
+    OverloadAction {
+        Active = "active" Gauge,
+        ScalePercent = "scale_percent" Gauge,
     }
 }
 
@@ -310,6 +327,7 @@ members! {
         CxTotal = "downstream_cx_total" Counter,
         CxActive = "downstream_cx_active" Gauge,
         CxDestroy = "downstream_cx_destroy" Counter,
+        GlobalCxOverflow = "downstream_global_cx_overflow" Counter,
         NoFilterChainMatch = "no_filter_chain_match" Counter,
         PreCxTimeout = "downstream_pre_cx_timeout" Counter,
         CxLength = "downstream_cx_length_ms" Histogram,

@@ -35,6 +35,7 @@ use crate::http1::{self, buffer::Buffer};
 use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
+use crate::overload::Overload;
 use crate::proxy_protocol::inbound::Said;
 use crate::rbac;
 use crate::stats::{self, Registry, Scope, Shard};
@@ -94,6 +95,8 @@ pub struct Start {
     pub reports: health::Reporter,
     /// What operators said about ending.
     pub closing: Arc<Closing>,
+    /// What there is too much of.
+    pub overload: Arc<Overload>,
     /// Called when it is ready to serve, or with the reason why not.
     pub ready: std::sync::mpsc::Sender<std::io::Result<()>>,
 }
@@ -131,6 +134,8 @@ pub struct Worker {
     reports: health::Reporter,
     /// What operators said about ending.
     pub closing: Arc<Closing>,
+    /// What there is too much of.
+    pub overload: Arc<Overload>,
 }
 
 /// A configuration as one worker sees it.
@@ -289,6 +294,7 @@ impl Worker {
             secrets: Arc::clone(&start.secrets),
             reports: start.reports.clone(),
             closing: Arc::clone(&start.closing),
+            overload: Arc::clone(&start.overload),
         })
     }
 
@@ -593,6 +599,9 @@ fn end_listening(worker: &Rc<Worker>, accepting: &mut HashMap<ListenerKey, Vec<A
 
 async fn accept(worker: Rc<Worker>, name: String, socket: Rc<tokio::net::TcpListener>) {
     loop {
+        while worker.overload.stops_accepting() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         match socket.accept().await {
             Ok((stream, remote)) => serve_one(&worker, &name, stream, remote),
             Err(error) => {
@@ -607,9 +616,19 @@ async fn accept(worker: Rc<Worker>, name: String, socket: Rc<tokio::net::TcpList
 fn serve_one(worker: &Rc<Worker>, name: &str, stream: TcpStream, remote: SocketAddr) {
     let program = worker.program();
     if let Some(listener) = program.config.listeners.iter().find(|l| l.name == name) {
+        let Some(open) = worker.overload.open() else {
+            listener
+                .stats
+                .inc(worker.shard, stats::Listener::GlobalCxOverflow);
+            return;
+        };
         // Entered before its task runs: a drain waits for it from now on.
         let (entry, listener) = (worker.enter(), Arc::clone(listener));
-        tokio::task::spawn_local(connection(entry, Rc::clone(&program), listener, stream, remote));
+        let served = connection(entry, Rc::clone(&program), listener, stream, remote);
+        tokio::task::spawn_local(async move {
+            served.await;
+            drop(open);
+        });
     }
 }
 

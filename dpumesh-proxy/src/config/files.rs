@@ -20,6 +20,7 @@ use super::dns::{self, Resolved};
 use super::dump::{Dump, Placed};
 use super::made::Made;
 use super::model::{Config, Node, Subscriptions};
+use super::overload;
 use super::resource::{EndpointsUse, Item, RouteUse};
 use super::schema::{At, unpack_any, value_to_message};
 use super::support;
@@ -27,6 +28,7 @@ use super::text::text_to_value;
 use super::translate::{ADS, Context, WatchedFile, socket_address, source_file};
 use super::translate_tls::StaticSecrets;
 use crate::access_log::Sinks;
+use crate::overload::Manager;
 use crate::stats::{self, Registry, Shard, Subscription};
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -189,6 +191,7 @@ impl Files {
     /// The first thing refused, in whichever file.
     pub fn load(&mut self, registry: &Registry, sinks: &Sinks) -> Result<Config> {
         ads::server(&self.bootstrap.at)?;
+        overload::manager(&self.bootstrap.at, registry)?;
         let mut fresh = HashMap::new();
         let mut read = |service: Service, file: &WatchedFile| {
             let key = (service, file.path.clone());
@@ -262,6 +265,14 @@ impl Files {
             tell(&path, tried);
         }
         any
+    }
+
+    /// What is done when there is too much of something.
+    ///
+    /// # Errors
+    /// It says what is not supported.
+    pub fn overload(&self, registry: &Registry) -> Result<Option<Manager>> {
+        overload::manager(&self.bootstrap.at, registry)
     }
 
     /// Where the aggregated stream comes from, if the bootstrap names one.

@@ -20,6 +20,7 @@ mod istio;
 mod jwt;
 mod made;
 pub mod model;
+mod overload;
 mod proxy_protocol;
 mod ratelimit;
 mod rbac;

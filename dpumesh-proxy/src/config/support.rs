@@ -14,7 +14,39 @@ use super::schema::{push_field, unpack_any};
 pub const IMPLEMENTED: &[(&str, &[&str])] = &[
     (
         "envoy.config.bootstrap.v3.Bootstrap",
-        &["node", "static_resources", "dynamic_resources", "admin"],
+        &[
+            "node",
+            "static_resources",
+            "dynamic_resources",
+            "admin",
+            "overload_manager",
+        ],
+    ),
+    (
+        "envoy.config.overload.v3.OverloadManager",
+        &["refresh_interval", "resource_monitors", "actions"],
+    ),
+    (
+        "envoy.config.overload.v3.ResourceMonitor",
+        &["name", "typed_config"],
+    ),
+    ("envoy.config.overload.v3.OverloadAction", &["name", "triggers"]),
+    (
+        "envoy.config.overload.v3.Trigger",
+        &["name", "threshold", "scaled"],
+    ),
+    ("envoy.config.overload.v3.ThresholdTrigger", &["value"]),
+    (
+        "envoy.config.overload.v3.ScaledTrigger",
+        &["scaling_threshold", "saturation_threshold"],
+    ),
+    (
+        "envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+        &["max_heap_size_bytes"],
+    ),
+    (
+        "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+        &["max_active_downstream_connections"],
     ),
     (
         "envoy.config.bootstrap.v3.Bootstrap.StaticResources",

@@ -78,10 +78,10 @@ fn what_is_not_implemented_is_refused_with_its_path() {
     let any = |kind: &str| json!({"@type": format!("type.googleapis.com/{kind}")});
     let cases = [
         ("/layered_runtime".to_owned(), json!({"layers": []})),
-        ("/overload_manager".to_owned(), json!({"actions": []})),
+        ("/stats_config".to_owned(), json!({"use_all_default_tags": false})),
         (
             "/dynamic_resources".to_owned(),
-            json!({"ads_config": {"api_type": "GRPC"}}),
+            json!({"ads_config": {"api_type": "REST"}}),
         ),
         ("/stats_sinks".to_owned(), json!([{"name": "x"}])),
         (format!("{listener}/use_original_dst"), json!(true)),

@@ -25,6 +25,7 @@ mod netns;
 mod observe;
 mod operators;
 mod outlier;
+mod overload;
 mod policy;
 mod proxy_protocol;
 mod ratelimit;

@@ -361,6 +361,12 @@ impl Session {
             self.manager.stats.inc(self.worker.shard, Stat::CxMaxRequests);
         }
         let closes = self.worker.closing.closes(self.place.listener.direction);
+        if self.worker.overload.ends_connection() {
+            self.manager
+                .stats
+                .inc(self.worker.shard, Stat::CxOverloadKeepalive);
+            return true;
+        }
         !persistent || self.closing || spent || closes || self.worker.draining().is_some()
     }
 }

@@ -92,11 +92,13 @@ impl Session {
         let mut rewrite = Rewrite::new(&manager, &buffers.request, buffers.request_in.head());
         rewrite.reporting = reporting.as_ref();
         let traced = self.begin_trace(buffers, &manager, &mut rewrite);
+        let overloaded = self.refused_by_overload(&manager);
         let refused = self
             .refused_by_rule(buffers, &manager)
-            .or_else(|| normalize(buffers, &manager));
-        let outcome = match refused {
-            Some(reply) => self.reply(buffers, reply.and_close()).await,
+            .or_else(|| normalize(buffers, &manager))
+            .map(Reply::and_close);
+        let outcome = match overloaded.or(refused) {
+            Some(reply) => self.reply(buffers, reply).await,
             None => self.route(buffers, &manager, &program, &mut rewrite, begun).await,
         };
         manager.stats.dec(self.worker.shard, Stat::RqActive);
@@ -145,6 +147,14 @@ impl Session {
             }
             None => self.closing = true,
         }
+    }
+
+    /// The answer to a request where there is too much already.
+    fn refused_by_overload(&self, manager: &HttpManager) -> Option<Reply<'static>> {
+        self.worker.overload.refuses_request().then(|| {
+            manager.stats.inc(self.worker.shard, Stat::RqOverloadClose);
+            Reply::new(503, "OM").body("envoy overloaded").because("overload")
+        })
     }
 
     /// The answer to a request that is refused whatever the routes say.
