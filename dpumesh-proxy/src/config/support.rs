@@ -259,6 +259,18 @@ pub const IMPLEMENTED: &[(&str, &[&str])] = &[
         &["grpc_service", "service_name", "max_cache_size"],
     ),
     (
+        "envoy.config.trace.v3.ZipkinConfig",
+        &[
+            "collector_cluster",
+            "collector_endpoint",
+            "collector_endpoint_version",
+            "collector_hostname",
+            "trace_id_128bit",
+            "shared_span_context",
+            "trace_context_option",
+        ],
+    ),
+    (
         "envoy.type.tracing.v3.CustomTag",
         &["tag", "literal", "environment", "request_header", "metadata"],
     ),

@@ -1,13 +1,15 @@
-//! Distributed traces: who asked (W3C Trace Context), what became of the request (a span), where spans go (OTLP over gRPC).
+//! Distributed traces: who asked (W3C Trace Context, B3), what became of the request (a span), where spans go (OTLP over gRPC, Zipkin).
 //!
 //! ```text
-//! traceparent ─► Context ─► a child of it ─► traceparent for the endpoint
-//!                              └─► Span ─► the worker's outbox ─► ExportTraceServiceRequest, a few spans or a second at a time
+//! traceparent, b3 ─► Context ─► a child of it ─► the same for the endpoint
+//!                                  └─► Span ─► the worker's outbox ─► a collector, what came within a second at a time
 //! ```
 //! A request waits for nothing of this: spans that find no room are dropped and counted. [`otlp`] has the messages.
 
+pub mod b3;
 pub mod otlp;
 pub(crate) mod outbox;
+mod zipkin;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,12 +36,37 @@ pub struct Tracing {
     pub tags: Vec<(String, Tag)>,
     /// The endpoint is not told.
     pub hidden: bool,
+    /// Which headers tell.
+    pub headers: Headers,
     /// Requests of local pods: the span is a client's.
     pub outbound: bool,
     /// `http.PREFIX.tracing.*`
     pub stats: Arc<Scope>,
     /// Who takes the spans.
     pub exporter: Arc<Exporter>,
+}
+
+/// Which headers tell of a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Headers {
+    /// `traceparent`, `tracestate`.
+    W3c,
+    /// `x-b3-*`, `b3`.
+    B3 {
+        /// Of a request that came in, client and server are one span.
+        shared: bool,
+        /// Traces that begin here have ids of 128 bits.
+        wide: bool,
+    },
+}
+
+/// How spans go to a collector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// OTLP over gRPC.
+    Otlp,
+    /// Zipkin's JSON, to this path.
+    Zipkin(String),
 }
 
 /// Where a tag's value comes from.
@@ -51,9 +78,11 @@ pub enum Tag {
     Header(Vec<u8>, String),
 }
 
-/// An OTLP collector.
+/// A collector.
 #[derive(Debug)]
 pub struct Exporter {
+    /// How it takes them.
+    pub way: Way,
     /// Its cluster.
     pub cluster: ClusterRef,
     /// The authority; the cluster's name where it is empty.
@@ -68,7 +97,7 @@ pub struct Exporter {
     pub node: (String, String),
     /// Spans that may wait, per worker.
     pub most: usize,
-    /// `tracing.opentelemetry.*`
+    /// `tracing.opentelemetry.*`, `tracing.zipkin.*`
     pub stats: Arc<Scope>,
 }
 
@@ -171,6 +200,36 @@ pub fn told(id: &[u8], traced: bool) -> Option<Vec<u8>> {
 }
 
 impl Place {
+    /// The place of a request that says this in B3's words.
+    pub fn in_b3(said: b3::Said, traced: bool, (joins, wide): (bool, bool)) -> Self {
+        let sampled = said.sampled.unwrap_or(traced);
+        match said.place {
+            Some((context, parent)) if joins => Self {
+                context: Context { sampled, ..context },
+                parent,
+            },
+            Some((context, _)) => Self {
+                context: Context {
+                    sampled,
+                    ..context.next()
+                },
+                parent: Some(context.span),
+            },
+            None => {
+                let mut context = Context::new(sampled);
+                // The first span has the trace's own id.
+                context.trace[8..].copy_from_slice(&context.span);
+                if !wide {
+                    context.trace[..8].fill(0);
+                }
+                Self {
+                    context,
+                    parent: None,
+                }
+            }
+        }
+    }
+
     /// The place of a request that came with this `traceparent`, if any. It is recorded if it is traced and whoever asked records it.
     pub fn behind(parent: Option<Context>, traced: bool) -> Self {
         match parent {

@@ -9,8 +9,8 @@ use std::time::Duration;
 use prost::Message;
 use tokio::time::timeout;
 
-use super::Exporter;
 use super::otlp::{EXPORT, ExportRequest, Resource, ResourceSpans, ScopeSpans, Span, attribute};
+use super::{Exporter, Way, zipkin};
 use crate::callout;
 use crate::stats::Tracer as Stat;
 use crate::worker::{Peer, Worker};
@@ -80,6 +80,25 @@ async fn export(
     peer: &Peer,
     spans: &[Span],
 ) -> std::io::Result<()> {
+    let program = worker.program();
+    let lane = program.config.cluster_index(&exporter.cluster.name);
+    let lane = lane.and_then(|index| program.lanes.get(index)).map(Rc::clone);
+    let lane = lane.ok_or_else(|| std::io::Error::other("there is no such cluster"))?;
+    let request = match &exporter.way {
+        Way::Otlp => otlp_request(exporter, spans),
+        Way::Zipkin(path) => zipkin::request(exporter, path, spans),
+    };
+    let call = callout::call(Rc::clone(worker), lane, peer.clone(), request, LONGEST_ANSWER);
+    let answer = timeout(exporter.timeout.unwrap_or(Duration::MAX), call).await;
+    let answer = answer.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+    match &exporter.way {
+        Way::Otlp => answer.grpc_message().map(|_| ()),
+        Way::Zipkin(_) if matches!(answer.status, 200..=299) => Ok(()),
+        Way::Zipkin(_) => Err(std::io::Error::other(format!("status {}", answer.status))),
+    }
+}
+
+fn otlp_request(exporter: &Exporter, spans: &[Span]) -> Vec<u8> {
     let resource = Resource {
         attributes: vec![
             attribute("service.name", exporter.service.as_str()),
@@ -96,17 +115,7 @@ async fn export(
             }],
         }],
     };
-    let program = worker.program();
-    let lane = program.config.cluster_index(&exporter.cluster.name);
-    let lane = lane.and_then(|index| program.lanes.get(index)).map(Rc::clone);
-    let lane = lane.ok_or_else(|| std::io::Error::other("there is no such cluster"))?;
     let authority = Some(exporter.authority.as_str()).filter(|a| !a.is_empty());
     let authority = authority.unwrap_or(&exporter.cluster.name);
-    let request = callout::grpc_request(EXPORT, authority, &exporter.metadata, &request.encode_to_vec());
-    let call = callout::call(Rc::clone(worker), lane, peer.clone(), request, LONGEST_ANSWER);
-    let answer = timeout(exporter.timeout.unwrap_or(Duration::MAX), call).await;
-    answer
-        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?
-        .grpc_message()?;
-    Ok(())
+    callout::grpc_request(EXPORT, authority, &exporter.metadata, &request.encode_to_vec())
 }

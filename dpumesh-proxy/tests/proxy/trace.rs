@@ -1,6 +1,7 @@
 //! Distributed traces: what endpoints are told, what collectors get. Each case is checked at Envoy too.
 
 use std::collections::BTreeMap;
+use std::io::{BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 
@@ -10,7 +11,7 @@ use dpumesh_proxy::trace::otlp::{CLIENT, EXPORT, ExportRequest, KeyValue, SERVER
 use prost::Message as _;
 
 use crate::envoy::at_both;
-use crate::harness::{Client, Endpoint, Message, await_true, bootstrap, cluster};
+use crate::harness::{Client, Endpoint, Message, await_true, bootstrap, cluster, read_message};
 
 const HTTP2: &str = ", typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: {http2_protocol_options: {}}}}";
 const PROVIDER: &str = "provider: {name: envoy.tracers.opentelemetry, typed_config: {\"@type\": type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig, grpc_service: {envoy_grpc: {cluster_name: collector}, timeout: 1s}, service_name: shop}}";
@@ -295,4 +296,109 @@ fn a_collector_that_is_not_there_holds_nothing_up() {
             }
         },
     );
+}
+
+/// A Zipkin collector that keeps the spans it is sent.
+fn zipkin() -> (SocketAddr, Arc<Mutex<Vec<serde_json::Value>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let spans: Arc<Mutex<Vec<serde_json::Value>>> = Arc::default();
+    let of_all = Arc::clone(&spans);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let kept = Arc::clone(&of_all);
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                while let Ok(Some(request)) = read_message(&mut reader, false, false) {
+                    assert_eq!(request.first, "POST /api/v2/spans HTTP/1.1");
+                    assert_eq!(request.header("content-type"), Some("application/json"));
+                    let told: Vec<serde_json::Value> = serde_json::from_slice(&request.body).unwrap();
+                    kept.lock().unwrap().extend(told);
+                    if stream
+                        .write_all(b"HTTP/1.1 202 Accepted\r\ncontent-length: 0\r\n\r\n")
+                        .is_err()
+                    {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (address, spans)
+}
+
+const TRACE_ID: &str = "463ac35c9f6413ad";
+const SPAN_ID: &str = "a2fb4a1d1a96d312";
+
+#[test]
+fn zipkins_headers_go_on_and_its_collector_is_told() {
+    let (address, spans) = zipkin();
+    for outbound in [false, true] {
+        at_both(
+            |endpoint, _| {
+                let provider = "provider: {name: envoy.tracers.zipkin, typed_config: {\"@type\": type.googleapis.com/envoy.config.trace.v3.ZipkinConfig, collector_cluster: collector, collector_endpoint: /api/v2/spans, collector_endpoint_version: HTTP_JSON}}";
+                let clusters = format!(
+                    "[{}, {}]",
+                    cluster("app", &[endpoint.address], ""),
+                    cluster("collector", &[address], "")
+                );
+                let text = bootstrap(ROUTES, &clusters, &format!("tracing: {{{provider}}}"));
+                let direction = if outbound {
+                    "\n    traffic_direction: OUTBOUND"
+                } else {
+                    ""
+                };
+                text.replace("  - name: web\n", &format!("  - name: web{direction}\n"))
+            },
+            |subject, _| {
+                spans.lock().unwrap().clear();
+                let mut client = subject.client();
+                let parent =
+                    format!("x-b3-traceid: {TRACE_ID}\r\nx-b3-spanid: {SPAN_ID}\r\nx-b3-sampled: 1\r\n");
+                let answer = get(&mut client, "/", &parent);
+                let case = format!("{} outbound {outbound}", subject.name());
+                assert_eq!(
+                    sent_on(&answer, "x-b3-traceid").as_deref(),
+                    Some(TRACE_ID),
+                    "{case}"
+                );
+                assert_eq!(sent_on(&answer, "x-b3-sampled").as_deref(), Some("1"), "{case}");
+                let span = sent_on(&answer, "x-b3-spanid").unwrap();
+                let before = sent_on(&answer, "x-b3-parentspanid");
+                // Who came in shares the caller's span; who goes out has its own.
+                assert_eq!(span == SPAN_ID, !outbound, "{case}");
+                assert_eq!(before.as_deref(), outbound.then_some(SPAN_ID), "{case}");
+                // Not to be recorded: told on, and to nobody else.
+                let answer = get(&mut client, "/", &format!("b3: {TRACE_ID}-{SPAN_ID}-0\r\n"));
+                let single = sent_on(&answer, "b3").unwrap();
+                let parts: Vec<&str> = single.split('-').collect();
+                assert_eq!((parts[0], parts[2]), (TRACE_ID, "0"), "{case}");
+                assert_eq!(parts[1] == SPAN_ID, !outbound, "{case}");
+                assert_eq!(parts.get(3), outbound.then_some(&SPAN_ID), "{case}");
+                // A trace that begins here.
+                let answer = get(&mut client, "/", "");
+                assert_eq!(sent_on(&answer, "x-b3-parentspanid"), None, "{case}");
+                assert_eq!(sent_on(&answer, "x-b3-traceid").unwrap().len(), 16, "{case}");
+                await_true("the spans", || spans.lock().unwrap().len() >= 2);
+                let told = std::mem::take(&mut *spans.lock().unwrap());
+                assert_eq!(told.len(), 2, "{case}");
+                let first = told.iter().find(|s| s["traceId"] == TRACE_ID).expect("the first");
+                assert_eq!(first["id"], span.as_str(), "{case}");
+                assert_eq!(
+                    first["kind"],
+                    if outbound { "CLIENT" } else { "SERVER" },
+                    "{case}"
+                );
+                assert_eq!(first["name"], "a.example", "{case}");
+                assert_eq!(first["localEndpoint"]["serviceName"], "test", "{case}");
+                assert_eq!(first["tags"]["http.status_code"], "200", "{case}");
+                assert_eq!(first["tags"]["upstream_cluster"], "app", "{case}");
+                assert!(first["duration"].as_u64() > Some(0), "{case}");
+                assert!(
+                    first["timestamp"].as_u64() > Some(1_000_000_000_000_000),
+                    "{case}"
+                );
+            },
+        );
+    }
 }

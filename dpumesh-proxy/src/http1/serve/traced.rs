@@ -8,7 +8,7 @@ use crate::http1::rewrite::{self, Rewrite};
 use crate::stats::Tracing as Stat;
 use crate::trace::otlp::{self, KeyValue, Span, attribute};
 use crate::trace::outbox::Outbox;
-use crate::trace::{self, Context, PARENT, Place, STATE, Tag, Tracing};
+use crate::trace::{self, Context, Headers, PARENT, Place, STATE, Tag, Tracing, b3};
 use crate::worker::Buffers;
 
 /// The header that requests are told apart by.
@@ -31,7 +31,6 @@ impl Session {
     ) -> Option<Traced> {
         let tracing = manager.tracing.as_deref()?;
         let head = buffers.request_in.head();
-        let parent = buffers.request.fields.get(head, PARENT).and_then(Context::parse);
         let given = buffers.request.fields.get(head, REQUEST_ID).unwrap_or_default();
         let id = if rewrite.made_id {
             &rewrite.request_id
@@ -45,7 +44,6 @@ impl Session {
             Stat::NotTraceable
         };
         tracing.stats.inc(self.worker.shard, member);
-        let place = Place::behind(parent, traced);
         match trace::told(id, traced) {
             Some(told) if rewrite.made_id => rewrite.request_id.copy_from_slice(&told),
             Some(told) => {
@@ -54,15 +52,15 @@ impl Session {
             }
             None => {}
         }
-        let head = buffers.request_in.head();
-        if !tracing.hidden {
-            if parent.is_none() {
-                // Notes of nobody's trace.
-                buffers.request.fields.remove(head, STATE);
-            }
-            buffers.request.fields.remove(head, PARENT);
-            buffers.add_to_request(PARENT, &place.context.header());
-        }
+        let place = match tracing.headers {
+            Headers::W3c => by_w3c(buffers, traced, tracing.hidden),
+            Headers::B3 { shared, wide } => by_b3(
+                buffers,
+                traced,
+                (shared && !tracing.outbound, wide),
+                tracing.hidden,
+            ),
+        };
         let begun = SystemTime::now();
         Some(Traced { place, begun })
     }
@@ -100,10 +98,10 @@ impl Session {
             span_id: place.context.span.to_vec(),
             trace_state: get(STATE).unwrap_or_default(),
             parent_span_id: place.parent.map(|id| id.to_vec()).unwrap_or_default(),
-            name: if tracing.outbound {
-                format!("egress {host}")
-            } else {
-                "ingress".to_owned()
+            name: match tracing.headers {
+                Headers::B3 { .. } => host.clone(),
+                Headers::W3c if tracing.outbound => format!("egress {host}"),
+                Headers::W3c => "ingress".to_owned(),
             },
             kind,
             start_time_unix_nano: nanoseconds(traced.begun),
@@ -184,6 +182,49 @@ impl Session {
         }
         all
     }
+}
+
+/// The place that `traceparent` says, and the one that the endpoint is told.
+fn by_w3c(buffers: &mut Buffers, traced: bool, hidden: bool) -> Place {
+    let head = buffers.request_in.head();
+    let parent = buffers.request.fields.get(head, PARENT).and_then(Context::parse);
+    let place = Place::behind(parent, traced);
+    if !hidden {
+        if parent.is_none() {
+            // Notes of nobody's trace.
+            buffers.request.fields.remove(head, STATE);
+        }
+        buffers.request.fields.remove(head, PARENT);
+        buffers.add_to_request(PARENT, &place.context.header());
+    }
+    place
+}
+
+/// The place that B3's headers say, and the one that the endpoint is told.
+fn by_b3(buffers: &mut Buffers, traced: bool, kind: (bool, bool), hidden: bool) -> Place {
+    let head = buffers.request_in.head();
+    let fields = &mut buffers.request.fields;
+    let said = b3::Said::parse(|name| fields.get(head, name));
+    let place = Place::in_b3(said, traced, kind);
+    if hidden {
+        return place;
+    }
+    // One place, told in one way: as it came.
+    for name in [b3::SINGLE, b3::TRACE, b3::SPAN, b3::PARENT, b3::SAMPLED] {
+        fields.remove(head, name);
+    }
+    let context = &place.context;
+    if said.single {
+        buffers.add_to_request(b3::SINGLE, b3::single_text(context, place.parent).as_bytes());
+        return place;
+    }
+    buffers.add_to_request(b3::TRACE, b3::trace_text(&context.trace).as_bytes());
+    buffers.add_to_request(b3::SPAN, b3::span_text(&context.span).as_bytes());
+    if let Some(parent) = place.parent {
+        buffers.add_to_request(b3::PARENT, b3::span_text(&parent).as_bytes());
+    }
+    buffers.add_to_request(b3::SAMPLED, if context.sampled { b"1" } else { b"0" });
+    place
 }
 
 fn lossy(octets: &[u8]) -> String {
