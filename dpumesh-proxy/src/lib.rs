@@ -39,7 +39,7 @@ pub mod ratelimit;
 pub mod rbac;
 pub mod route;
 pub mod stats;
-mod tcp;
+pub mod tcp;
 pub mod tls;
 pub mod trace;
 pub mod upstream;

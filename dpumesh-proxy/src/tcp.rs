@@ -13,7 +13,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWrite;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::access_log::{About, Besides, Extra, Record};
 use crate::alarm::{Alarm, earlier};
@@ -27,6 +27,8 @@ use crate::stats::{Cluster as ClusterStat, Istio, Tcp as Stat};
 use crate::tls::Stream;
 use crate::upstream::{Lane, NoConnection, Picked, Pooled};
 use crate::worker::{Buffers, Entry, Peer, Place, Worker};
+
+pub mod tunnel;
 
 /// How long a connection may go on whose filter chain is changed or gone.
 const CHAIN_GONE: Duration = Duration::from_secs(10);
@@ -77,10 +79,25 @@ pub(crate) async fn relay(
                 };
                 let address = picked.endpoint.address;
                 end.upstream = Some(address);
-                match lane.connect(&picked, &peer).await {
-                    Ok(server) => {
+                let connected = match lane.connect(&picked, &peer).await {
+                    Ok(mut server) => match &proxy.tunneling {
+                        None => Ok((server, None)),
+                        Some(tunneling) => {
+                            let record = Record::of_connection(&peer, wall);
+                            let opened = tunnel::open(tunneling, &worker, &record, &mut server);
+                            match timeout(lane.cluster.connect_timeout, opened).await {
+                                Ok(Ok(early)) => Ok((server, Some(early))),
+                                Ok(Err(error)) => Err(NoConnection::Failed(error)),
+                                Err(_) => Err(NoConnection::TimedOut),
+                            }
+                        }
+                    },
+                    Err(failure) => Err(failure),
+                };
+                match connected {
+                    Ok((server, early)) => {
                         lane.note(&picked, Outcome::Served);
-                        break Some((picked, server));
+                        break Some((picked, server, early));
                     }
                     Err(failure) => {
                         let (flags, outcome) = match failure {
@@ -101,14 +118,14 @@ pub(crate) async fn relay(
             };
             match server {
                 None => client.reset_on_close(),
-                Some((picked, server)) => {
+                Some((picked, server, early)) => {
                     end.flags = "";
                     principal = server.principal.clone();
                     open = reported(Some(&**lane), Some((&picked, &server)), "");
                     if let Some(open) = &open {
                         open.opened();
                     }
-                    let ends = (&mut client, server);
+                    let ends = (&mut client, server, early);
                     let how = (proxy.idle_timeout, open.as_deref());
                     pump(&worker, &entry, &place, ends, how, &mut end).await;
                     lane.cluster
@@ -133,35 +150,13 @@ pub(crate) async fn relay(
     if proxy.access_log.is_empty() {
         return;
     }
-    let record = Record {
-        start: wall,
-        duration: begun.elapsed(),
-        request: None,
-        response: None,
-        protocol: None,
-        status: 0,
-        flags: end.flags,
-        received: end.received,
-        sent: end.sent,
-        upstream: end.upstream,
-        cluster: Some(&target.name),
-        route: None,
-        remote: peer.remote,
-        direct_remote: peer.direct_remote,
-        local: peer.local,
-        direct_local: peer.direct_local,
-        ingress: peer.ingress,
-        extra: Extra {
-            server_name: peer.connection.server_name.as_deref(),
-            connection: Some(&peer.connection),
-            connection_id: Some(peer.id),
-            about: About::Connection,
-            endpoints: lane.map_or(&[], |l| &l.cluster.endpoints),
-            chain: Some(&place.chain.name),
-            upstream_peer: principal.as_deref(),
-            ..Extra::default()
-        },
-    };
+    let mut record = Record::of_connection(&peer, wall);
+    record.duration = begun.elapsed();
+    (record.flags, record.received, record.sent) = (end.flags, end.received, end.sent);
+    (record.upstream, record.cluster) = (end.upstream, Some(&*target.name));
+    record.extra.endpoints = lane.map_or(&[], |l| &l.cluster.endpoints);
+    record.extra.chain = Some(&place.chain.name);
+    record.extra.upstream_peer = principal.as_deref();
     let mut lines = worker.lines.borrow_mut();
     proxy
         .access_log
@@ -217,39 +212,46 @@ fn series(
     Arc::clone(series)
 }
 
+impl<'r> Record<'r> {
+    /// What is known of a connection when it has come.
+    fn of_connection(peer: &'r Peer, start: SystemTime) -> Self {
+        Self {
+            start,
+            duration: Duration::ZERO,
+            request: None,
+            response: None,
+            protocol: None,
+            status: 0,
+            flags: "",
+            received: 0,
+            sent: 0,
+            upstream: None,
+            cluster: None,
+            route: None,
+            remote: peer.remote,
+            direct_remote: peer.direct_remote,
+            local: peer.local,
+            direct_local: peer.direct_local,
+            ingress: peer.ingress,
+            extra: Extra {
+                server_name: peer.connection.server_name.as_deref(),
+                connection: Some(&peer.connection),
+                connection_id: Some(peer.id),
+                about: About::Connection,
+                ..Extra::default()
+            },
+        }
+    }
+}
+
 /// Logs a connection that the access rules of its chain refused.
 pub(crate) fn log_refused(worker: &Worker, terminal: &Terminal, peer: &Peer, details: &str) {
     let logs = match terminal {
         Terminal::Tcp(proxy) => &proxy.access_log,
         Terminal::Http(manager) => &manager.access_log,
     };
-    let record = Record {
-        start: SystemTime::now(),
-        duration: Duration::ZERO,
-        request: None,
-        response: None,
-        protocol: None,
-        status: 0,
-        flags: "",
-        received: 0,
-        sent: 0,
-        upstream: None,
-        cluster: None,
-        route: None,
-        remote: peer.remote,
-        direct_remote: peer.direct_remote,
-        local: peer.local,
-        direct_local: peer.direct_local,
-        ingress: peer.ingress,
-        extra: Extra {
-            termination: Some(details),
-            server_name: peer.connection.server_name.as_deref(),
-            connection: Some(&peer.connection),
-            connection_id: Some(peer.id),
-            about: About::Connection,
-            ..Extra::default()
-        },
-    };
+    let mut record = Record::of_connection(peer, SystemTime::now());
+    record.extra.termination = Some(details);
     let mut lines = worker.lines.borrow_mut();
     logs.iter().for_each(|log| log.log(&record, &mut lines));
 }
@@ -268,7 +270,7 @@ async fn pump(
     worker: &Worker,
     entry: &Entry,
     place: &Place,
-    (client, mut server): (&mut Stream, Pooled),
+    (client, mut server, early): (&mut Stream, Pooled, Option<Box<Buffers>>),
     (idle_timeout, series): (Option<Duration>, Option<&Series>),
     end: &mut End,
 ) {
@@ -277,6 +279,7 @@ async fn pump(
     let mut seen = 0;
     let (mut generation, mut gone) = (worker.generation(), None);
     let (mut up, mut down) = (Direction::default(), Direction::default());
+    down.buffers = early;
     let mut told = (0, 0);
     let mut tell = |sent: u64, received: u64| {
         if let Some(series) = series {

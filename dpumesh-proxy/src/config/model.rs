@@ -27,6 +27,7 @@ use crate::listener::{Facts, Inspectors, Matcher, Transport};
 use crate::proxy_protocol::{Inbound, Outbound};
 use crate::route::RouteTable;
 use crate::stats::{self, Scope, Shard};
+use crate::tcp::tunnel::Tunneling;
 use crate::tls::{ClientContext, ServerContext};
 use crate::trace::Tracing;
 
@@ -235,6 +236,8 @@ pub struct TcpProxy {
     pub max_connect_attempts: u32,
     /// Consistent hashing goes by the client's address (`hash_policy`).
     pub hash_source_ip: bool,
+    /// Connections go on in CONNECT requests.
+    pub tunneling: Option<Tunneling>,
     /// Logs.
     pub access_log: Vec<Arc<AccessLog>>,
     /// `tcp.PREFIX.*`
@@ -343,6 +346,8 @@ pub struct Cluster {
     pub tls: Option<Arc<ClientContext>>,
     /// The PROXY header that they get.
     pub header: Option<Arc<Outbound>>,
+    /// The request's header that says the address which the client meant (`use_http_header`); lower case.
+    pub original_header: Option<Vec<u8>>,
     /// `cluster.NAME.*`
     pub stats: Arc<Scope>,
     /// What its endpoints speak.

@@ -27,13 +27,14 @@ use super::resource::Item;
 use super::schema::At;
 use super::translate_tls::StaticSecrets;
 use super::{balancing, health, proxy_protocol, translate_matcher, translate_route};
-use crate::access_log::Sinks;
+use crate::access_log::{Sinks, Template};
 use crate::balance::{Current, Picker};
 use crate::http2::keepalive;
 use crate::listener::{Inspectors, Matcher, Transport};
 use crate::proxy_protocol::{Inbound, Outbound};
 use crate::route::RouteTable;
 use crate::stats::{self, Registry};
+use crate::tcp::tunnel::Tunneling;
 use crate::tls::ClientContext;
 
 pub(super) type Result<T> = std::result::Result<T, ConfigError>;
@@ -309,6 +310,10 @@ impl Context<'_> {
             idle_timeout: (!idle.is_zero()).then_some(idle),
             max_connect_attempts: at.number_or("max_connect_attempts", 1).max(1),
             hash_source_ip: balancing::hashes_source_ip(at)?,
+            tunneling: at
+                .message("tunneling_config")
+                .map(|t| tunneling(&t))
+                .transpose()?,
             access_log: self.access_logs(at)?,
             stats: self.registry.scope(&format!("tcp.{prefix}"), stats::Tcp::TABLE),
         }))
@@ -502,6 +507,7 @@ impl Context<'_> {
             stats: self.registry.scope(&scope, stats::Cluster::TABLE),
             tls: sockets.of(&[]).tls,
             header: sockets.of(&[]).header,
+            original_header: original_header(at)?,
             service: istio::service(at),
             workloads: istio::workloads(at, &self.registry.istio)?,
             name,
@@ -583,6 +589,41 @@ impl Context<'_> {
             other => Err(at.refuse("type", format!("{other} is not supported yet"))),
         }
     }
+}
+
+/// `TunnelingConfig`.
+fn tunneling(at: &At) -> Result<Tunneling> {
+    if at.flag("use_post") == Some(true) {
+        return Err(at.refuse("use_post", "true is not supported yet"));
+    }
+    let host = Template::new(&at.required_text("hostname")?).map_err(|e| at.refuse("hostname", e))?;
+    let headers = at.messages("headers_to_add");
+    Ok(Tunneling {
+        host,
+        headers: headers
+            .iter()
+            .map(translate_route::add_header)
+            .collect::<Result<_>>()?,
+    })
+}
+
+/// The header that says the original destination, where one does.
+fn original_header(at: &At) -> Result<Option<Vec<u8>>> {
+    let Some(config) = at.message("original_dst_lb_config") else {
+        return Ok(None);
+    };
+    if config.flag("use_http_header") != Some(true) {
+        return Ok(None);
+    }
+    let name = config.text("http_header_name").to_ascii_lowercase();
+    if name.is_empty() {
+        return Ok(Some(b"x-envoy-original-dst-host".to_vec()));
+    }
+    let bare = name.strip_prefix(':').unwrap_or(&name);
+    if bare.is_empty() || !bare.bytes().all(crate::http1::is_token) {
+        return Err(config.refuse("http_header_name", "is not the name of a header"));
+    }
+    Ok(Some(name.into_bytes()))
 }
 
 /// An unset message of a type the schema has.

@@ -27,6 +27,8 @@ pub struct Call {
     outgoing: Outgoing,
     answer: Answer,
     is_head: bool,
+    /// It asks for a tunnel.
+    connect: bool,
     /// The client speaks HTTP/2 as well: it needs no `content-length: 0` to know an end.
     for_http2: bool,
     in_use: InUse,
@@ -55,6 +57,7 @@ impl Call {
             outgoing: Outgoing::default(),
             answer: Answer::Unasked,
             is_head: false,
+            connect: false,
             for_http2,
             in_use: InUse::new(shared),
         }
@@ -75,11 +78,15 @@ impl Call {
         let Some(head) = head else {
             return Ok(used);
         };
-        let ends = head.ends;
+        self.connect = head.line.starts_with(b"CONNECT ");
+        let ends = head.ends && !self.connect;
         let request = request(head, self.in_use.shared().tls)?;
         self.is_head = request.method() == Method::HEAD;
         let (answer, stream) = self.connection.send_request(request, ends).map_err(broken)?;
         self.outgoing.begin(stream);
+        if self.connect {
+            self.outgoing.open();
+        }
         self.answer = Answer::Awaited(answer);
         Ok(used)
     }
@@ -91,6 +98,10 @@ impl Call {
         put_fields(&parts.headers, &mut head);
         let length = parts.headers.get(header::CONTENT_LENGTH);
         let bodiless = self.is_head || matches!(parts.status.as_u16(), 204 | 304);
+        if self.connect && parts.status.is_success() {
+            head.extend_from_slice(b"\r\n");
+            return Incoming::new(head, body, Told::Plain);
+        }
         let ended = body.is_end_stream();
         let told = match length {
             Some(_) if bodiless || ended || !is_grpc(&parts.headers) => Told::Plain,
@@ -160,6 +171,10 @@ impl AsyncWrite for Call {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.outgoing.is_open() {
+            return Poll::Ready(this.outgoing.finish());
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -170,6 +185,17 @@ fn request(mut head: Head, tls: bool) -> io::Result<Request<()>> {
     let mut words = head.line.split(|b| *b == b' ');
     let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let method = Method::from_bytes(method).map_err(|_| refused("a method HTTP/2 cannot carry"))?;
+    if method == Method::CONNECT {
+        // Without scheme and path (RFC 9113, 8.5).
+        let host = Authority::try_from(path).map_err(|_| refused("an authority HTTP/2 cannot carry"))?;
+        head.fields.remove(header::HOST);
+        let mut request = Request::new(());
+        *request.method_mut() = method;
+        *request.uri_mut() = Uri::from(host);
+        *request.version_mut() = http::Version::HTTP_2;
+        *request.headers_mut() = head.fields;
+        return Ok(request);
+    }
     let path = PathAndQuery::try_from(path).map_err(|_| refused("a path HTTP/2 cannot carry"))?;
     let host = head.fields.remove(header::HOST);
     let host = host.as_ref().map_or(b"".as_slice(), |h| h.as_bytes());

@@ -10,6 +10,7 @@ mod framing;
 mod h2spec;
 mod hand_over;
 mod harness;
+mod hbone;
 mod health;
 mod http;
 mod http2;

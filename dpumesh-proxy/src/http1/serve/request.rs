@@ -1,6 +1,7 @@
 //! What becomes of one request: refuse it, answer it here, or forward it; then count and log it.
 
 use std::cell::Cell;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -21,7 +22,7 @@ use crate::http1::rewrite::{self, Changes, Rewrite};
 use crate::http2::PREFACE;
 use crate::istio::Reporting;
 use crate::route::{Action, AddHeader, AddHow, Forward, HeaderChanges, Route, Target};
-use crate::stats::Http as Stat;
+use crate::stats::{Cluster as ClusterStat, Http as Stat};
 use crate::upstream::Lane;
 use crate::worker::{Buffers, Program};
 
@@ -304,7 +305,18 @@ impl Session {
                 .and_then(|value| all.get(value)),
         };
         let lane = cluster.and_then(|c: &ClusterRef| program.lanes.get(c.index?));
+        let original = lane.map(|lane| self.original(buffers, rewrite, lane));
         let mut outcome = match lane {
+            Some(lane) if original == Some(None) => {
+                // It says no address: there is no endpoint.
+                lane.cluster
+                    .stats
+                    .inc(self.worker.shard, ClusterStat::CxNoneHealthy);
+                let reply = Reply::new(503, "UH")
+                    .body("no healthy upstream")
+                    .because("no_healthy_upstream");
+                self.reply(buffers, reply).await
+            }
             Some(lane) => {
                 let rendered = of_cluster.and_then(|level| self.rendered(buffers, rewrite, level));
                 rewrite.plan(forward, route, buffers);
@@ -324,7 +336,7 @@ impl Session {
                     ask: Ask {
                         hash,
                         subset,
-                        ..Ask::any(self.peer.local)
+                        ..Ask::any(original.flatten().unwrap_or(self.peer.local))
                     },
                     forward,
                     changes,
@@ -352,6 +364,21 @@ impl Session {
             outcome.to = lane.map(|lane| Arc::clone(&lane.cluster));
         }
         outcome
+    }
+
+    /// The address that the client meant: the connection's, or what the request says of it where the cluster goes by that.
+    fn original(&self, buffers: &Buffers, rewrite: &Rewrite<'_>, lane: &Lane) -> Option<SocketAddr> {
+        let Some(name) = &lane.cluster.original_header else {
+            return Some(self.peer.local);
+        };
+        let head = buffers.request_in.head();
+        let text = if name == b":authority" {
+            let authority = buffers.request.authority.of_head(head);
+            rewrite.default_host.unwrap_or(authority)
+        } else {
+            buffers.request.fields.get(head, name)?
+        };
+        std::str::from_utf8(text).ok()?.parse().ok()
     }
 
     /// What consistent hashing goes by, where the cluster asks for it; cookies that are given to the client.
