@@ -17,6 +17,9 @@ fn main() -> ExitCode {
         case("steered_unlimited_cards_keep_the_contract", || {
             with_tap("tap-steered-unlimited")
         }),
+        case("steered_cards_behind_the_c_interface_keep_the_contract", || {
+            with_tap("tap-steered-unlimited-abi")
+        }),
         case("steered_k2_like_cards_keep_the_contract", || {
             keeps_the_contract("veth-steered-k2-like")
         }),
