@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dpumesh_conform::fixtures::VARIANTS;
-use dpumesh_core::steering::{Action, Batch, Cookie, Operation, Owner, Pattern, Priority, SteeringRule};
+use dpumesh_core::steering::{
+    Action, Batch, Cookie, Operation, Owner, Pattern, Priority, SteeringRule, Verdict,
+};
 use dpumesh_core::{Backend, BackendExt, FlowSteeringExt, PortRef};
 use dpumesh_hw::conformance::Rig;
 use dpumesh_hw::loader::{Library, Manifest};
@@ -59,17 +61,17 @@ fn cards(runtime: &Runtime) -> Vec<Card> {
     cards
 }
 
-/// What one VF sends to one address goes to the proxy.
-fn rule(i: u32, counts: bool) -> SteeringRule {
+/// What becomes of what one VF sends to one address.
+fn rule(i: u32, action: &Action, counts: bool) -> SteeringRule {
     let pattern = Pattern {
         port: Some(PortRef::vf(0)),
         ip_dst: Some(IpAddr::from([10, 1, (i >> 8) as u8, i as u8]).into()),
         ..Pattern::default()
     };
     let actions = if counts {
-        vec![Action::Count, Action::Punt]
+        vec![Action::Count, action.clone()]
     } else {
-        vec![Action::Punt]
+        vec![action.clone()]
     };
     SteeringRule::new(Cookie(i.into()), Owner::Agent, Priority(0), pattern, actions)
 }
@@ -106,7 +108,12 @@ fn measure(c: &mut Criterion, runtime: &Runtime, card: &Card) {
         let flushed = steering.flush(backend.fence(), Owner::Agent);
         runtime.block_on(flushed).expect("flushed");
     };
-    let all: Vec<SteeringRule> = (0..rules).map(|i| rule(i, false)).collect();
+    // To the proxy, where the card can.
+    let judge = |action: &Action| runtime.block_on(steering.validate(&[rule(0, action, false)]));
+    let takes = |action: &Action| !matches!(judge(action).expect("judged")[..], [Verdict::No { .. }]);
+    let action = [Action::Punt, Action::Drop].into_iter().find(takes);
+    let action = &action.expect("the card hands up or drops");
+    let all: Vec<SteeringRule> = (0..rules).map(|i| rule(i, action, false)).collect();
     let add = Batch::new(all.iter().cloned().map(Operation::Add).collect());
     let remove = Batch::new((0..rules).map(removal).collect());
     let mut group = c.benchmark_group("offload");
@@ -141,11 +148,17 @@ fn measure(c: &mut Criterion, runtime: &Runtime, card: &Card) {
                 removed.await.expect("removed");
             });
         };
-        b.iter_batched(|| rule(1, false), insert_and_delete, BatchSize::SmallInput);
+        b.iter_batched(
+            || rule(1, action, false),
+            insert_and_delete,
+            BatchSize::SmallInput,
+        );
     });
     if counters > 0 {
         apply(&Batch::new(
-            (0..counters).map(|i| Operation::Add(rule(i, true))).collect(),
+            (0..counters)
+                .map(|i| Operation::Add(rule(i, action, true)))
+                .collect(),
         ));
         let cookies: Vec<Cookie> = (0..counters).map(|i| Cookie(i.into())).collect();
         group.throughput(Throughput::Elements(counters.into()));

@@ -42,5 +42,6 @@ pub mod stats;
 pub mod tcp;
 pub mod tls;
 pub mod trace;
+mod turns;
 pub mod upstream;
 pub mod worker;

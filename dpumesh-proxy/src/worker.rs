@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::access_log::Lines;
 use crate::closing::{Closing, Which};
-use crate::config::model::{Config, FilterChain, Listener, Terminal};
+use crate::config::model::{Config, Direction, FilterChain, Listener, Terminal};
 use crate::health;
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
@@ -42,6 +42,7 @@ use crate::stats::{self, Registry, Scope, Shard};
 use crate::tcp;
 use crate::tls::{Connection, Protocols, Secrets, Stream};
 use crate::trace::outbox::Outbox;
+use crate::turns::{Pod, Turns};
 use crate::upstream::Lane;
 
 /// The number of the next connection of a client.
@@ -110,6 +111,8 @@ pub struct Worker {
     pub lines: RefCell<Lines>,
     /// The `date` of this second.
     pub date: RefCell<Date>,
+    /// Whose requests may begin.
+    pub(crate) turns: Rc<Turns>,
     /// Spans not yet handed over.
     pub(crate) spans: Outbox,
     /// Its share of Istio's metrics.
@@ -236,6 +239,17 @@ pub struct Peer {
     pub crowded: bool,
 }
 
+impl Peer {
+    /// The pod that its connection is one of, at a listener of this direction.
+    pub(crate) fn pod(&self, direction: Option<Direction>) -> Pod {
+        match (self.ingress, direction) {
+            (Some(port), _) => Pod::Port(port),
+            (None, Some(Direction::Inbound)) => Pod::Address(self.local.ip()),
+            (None, _) => Pod::Address(self.remote.ip()),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Wakers {
     slots: Vec<Option<Waker>>,
@@ -277,6 +291,7 @@ impl Worker {
             shard,
             lines: RefCell::new(Lines::new(shard)),
             date: RefCell::default(),
+            turns: Rc::default(),
             spans: Outbox::default(),
             reporter: RefCell::default(),
             istio: start.registry.scope("dpumesh.istio", stats::Istio::TABLE),

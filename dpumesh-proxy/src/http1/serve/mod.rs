@@ -50,6 +50,7 @@ use crate::http2::{self, serve::Begun};
 use crate::istio::{Reporting, Workload};
 use crate::stats::Http as Stat;
 use crate::tls::Stream;
+use crate::turns::Turn;
 use crate::worker::{Buffers, Entry, Peer, Place, Program, Worker};
 
 /// Serves a connection to its end; `program` is the one its listener comes from.
@@ -158,8 +159,10 @@ impl Session {
         manager: Arc<HttpManager>,
     ) -> Self {
         let reporting = Reporting::of(&program.config, &place.listener, &peer);
+        let turn = worker.turns.of(peer.pod(place.listener.direction));
         Self {
             reporting,
+            turn,
             worker,
             entry,
             stream,
@@ -207,6 +210,8 @@ struct Session {
     /// The local pod, and whether it is client or server, where Istio's metrics are made of it.
     reporting: Option<Reporting>,
     alarm: Alarm,
+    /// Its pod's turns.
+    turn: Rc<Turn>,
     served: u64,
     /// The listener is gone or has changed: the next response is the last.
     closing: bool,
@@ -294,6 +299,7 @@ impl Session {
                     self.worker.take_buffers(self.peer.crowded)
                 }
             };
+            self.worker.turns.take(&self.turn).await;
             let keep = match self.next_request(&mut held).await {
                 Next::Head(length) => self.request(&mut held, length).await,
                 Next::Over => false,
