@@ -186,13 +186,18 @@ async fn watch(lookup: Arc<Lookup>, asking: Asking, first: tokio::sync::oneshot:
 async fn look_up(lookup: &Lookup, known: Option<&Found>, asking: &Asking) -> (Found, bool) {
     let count = |member| lookup.stats.inc(Shard::CONTROL, member);
     let (mut found, mut failed) = (Vec::new(), false);
-    for (index, name) in lookup.names.iter().enumerate() {
-        // The semaphore is never closed.
-        let _turn = asking.turns.acquire().await;
+    // All at once: one that is not answered holds up no other.
+    let asked: Vec<_> = lookup
+        .names
+        .iter()
+        .map(|name| tokio::task::spawn_local(ask(name.clone(), Arc::clone(&asking.turns))))
+        .collect();
+    for ((index, name), asked) in lookup.names.iter().enumerate().zip(asked) {
         count(Stat::UpdateAttempt);
-        let addresses = match tokio::net::lookup_host((name.as_str(), 0)).await {
+        let answer = asked.await.unwrap_or_else(|gone| Err(io::Error::other(gone)));
+        let addresses = match answer {
             Ok(addresses) => {
-                let addresses = lookup.family.choose(addresses.map(|a| a.ip()));
+                let addresses = lookup.family.choose(addresses);
                 count(Stat::UpdateSuccess);
                 if addresses.is_empty() {
                     count(Stat::UpdateEmpty);
@@ -212,6 +217,14 @@ async fn look_up(lookup: &Lookup, known: Option<&Found>, asking: &Asking) -> (Fo
         found.push(addresses);
     }
     (found, failed)
+}
+
+/// Asks the system's resolver, in one's turn.
+async fn ask(name: String, turns: Arc<Semaphore>) -> io::Result<Vec<IpAddr>> {
+    // The semaphore is never closed.
+    let _turn = turns.acquire().await;
+    let addresses = tokio::net::lookup_host((name, 0)).await?;
+    Ok(addresses.map(|address| address.ip()).collect())
 }
 
 /// Answers come in any order; where all count, that is no change.

@@ -99,9 +99,13 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// Whether it is what was found for this cluster as it is now.
+    /// Whether it is what was found for this cluster's names as they are now, whatever else of it is another.
     pub(super) fn is_of(&self, cluster: &Arc<Item>) -> bool {
-        Arc::ptr_eq(&self.of, cluster) || self.of.at.message == cluster.at.message
+        let asks = |at: &At| {
+            ["type", "dns_lookup_family", "load_assignment"]
+                .map(|f| at.message.get_field_by_name(f).map(|v| v.into_owned()))
+        };
+        Arc::ptr_eq(&self.of, cluster) || asks(&self.of.at) == asks(&cluster.at)
     }
 }
 
