@@ -394,10 +394,13 @@ impl Change<'_> {
         Ok(())
     }
 
+    /// Tells callers what was seen. What the card has is kept of one that is away, or that goes while it is read: its
+    /// functions may be missing before its network devices are.
     fn show(&self) {
         self.close_ports();
         let abilities = &self.record.abilities;
         let pfs: Vec<Pf> = self.pfs().collect();
+        let whole = !self.record.away && pfs.len() == self.inner.pfs.len();
         let mut vf = VfCapabilities::default();
         vf.max_vfs = pfs.iter().map(|pf| pf.total_vfs).max().unwrap_or(0);
         vf.attributes = abilities.attributes;
@@ -421,13 +424,13 @@ impl Change<'_> {
             } else {
                 device
             },
-            vf: if self.record.away { shown.vf.clone() } else { vf },
+            vf: if whole { vf } else { shown.vf.clone() },
             switchdev: abilities.switchdev,
             isolation: abilities.isolation.clone(),
-            ports: match (self.record.away, sees) {
-                (true, _) => shown.ports,
-                (false, true) => all.try_into().unwrap_or(u32::MAX),
-                (false, false) => 0,
+            ports: match (whole, sees) {
+                (false, _) => shown.ports,
+                (true, true) => all.try_into().unwrap_or(u32::MAX),
+                (true, false) => 0,
             },
         };
     }

@@ -450,7 +450,8 @@ mod tests {
 
     use super::*;
     use crate::fake::{FakeMachine, Model};
-    use crate::{Card, Options, Parts, Protect};
+    use crate::kernel::Kernel;
+    use crate::{Card, Options, Parts, Protect, discover};
 
     fn open(machine: &FakeMachine, protect: Protect) -> Arc<Card> {
         let mut options = Options::new(machine.device(), "dpu0", machine.directory());
@@ -560,6 +561,21 @@ mod tests {
             Err(ErrorKind::DeviceLost),
             "it is of a former life"
         );
+    }
+
+    #[tokio::test]
+    async fn a_card_that_goes_while_it_is_read_keeps_its_parts() {
+        let machine = FakeMachine::new(Model::igb()).expect("a machine");
+        let card = open(&machine, Protect::Required);
+        let before = card.capabilities();
+        let function = Kernel::sysfs(&machine).join(discover::directory(machine.device()));
+        std::fs::remove_dir_all(function).expect("its network device is still there");
+        card.look();
+        assert_eq!(card.capabilities(), before);
+        machine.lose();
+        card.look();
+        let listed = card.require_ports().expect("ports").list().await;
+        assert_eq!(listed.expect_err("away").kind, ErrorKind::DeviceLost);
     }
 
     #[tokio::test]
