@@ -295,6 +295,10 @@ impl Reset for FlowerRig {
         self.life.return_with(backend.epoch());
         Ok(())
     }
+
+    fn most_in_a_row(&self) -> u64 {
+        50
+    }
 }
 
 #[async_trait]

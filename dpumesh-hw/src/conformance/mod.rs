@@ -154,6 +154,12 @@ pub trait Reset: Send + Sync {
     /// # Errors
     /// What kept it from returning.
     async fn bring_back(&self) -> Result<()>;
+
+    /// Most resets in a row that a case asks for to overflow a subscription; it stops after five seconds too. Fewer where
+    /// a reset takes milliseconds: the verdict must not depend on how fast the machine is.
+    fn most_in_a_row(&self) -> u64 {
+        1000
+    }
 }
 
 /// Sends frames as a function or the wire would, and sees what they get.

@@ -200,6 +200,10 @@ impl Reset for FakeRig {
         self.card().look();
         self.make_ready().await
     }
+
+    fn most_in_a_row(&self) -> u64 {
+        50
+    }
 }
 
 #[async_trait]

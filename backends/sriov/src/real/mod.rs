@@ -287,6 +287,10 @@ impl Reset for RealRig {
             .await?;
         Ok(())
     }
+
+    fn most_in_a_row(&self) -> u64 {
+        50
+    }
 }
 
 #[async_trait]

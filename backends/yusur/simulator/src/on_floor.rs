@@ -221,6 +221,10 @@ impl Reset for FloorRig {
         while !matches!(events.next().await, Some(Event::Back { .. }) | None) {}
         Ok(())
     }
+
+    fn most_in_a_row(&self) -> u64 {
+        50
+    }
 }
 
 #[async_trait]
