@@ -84,7 +84,7 @@ pub(crate) async fn relay(
                         None => Ok((server, None)),
                         Some(tunneling) => {
                             let record = Record::of_connection(&peer, wall);
-                            let opened = tunnel::open(tunneling, &worker, &record, &mut server);
+                            let opened = Box::pin(tunnel::open(tunneling, &worker, &record, &mut server));
                             match timeout(lane.cluster.connect_timeout, opened).await {
                                 Ok(Ok(early)) => Ok((server, Some(early))),
                                 Ok(Err(error)) => Err(NoConnection::Failed(error)),

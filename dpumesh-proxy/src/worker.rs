@@ -35,7 +35,7 @@ use crate::http1::{self, buffer::Buffer};
 use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
-use crate::overload::Overload;
+use crate::overload::{Open, Overload};
 use crate::proxy_protocol::inbound::Said;
 use crate::rbac;
 use crate::stats::{self, Registry, Scope, Shard};
@@ -639,16 +639,14 @@ fn serve_one(worker: &Rc<Worker>, name: &str, stream: TcpStream, remote: SocketA
         };
         // Entered before its task runs: a drain waits for it from now on.
         let (entry, listener) = (worker.enter(), Arc::clone(listener));
-        let served = connection(entry, Rc::clone(&program), listener, stream, remote);
-        tokio::task::spawn_local(async move {
-            served.await;
-            drop(open);
-        });
+        let held = (entry, open);
+        tokio::task::spawn_local(connection(held, Rc::clone(&program), listener, stream, remote));
     }
 }
 
+/// `_open` is given up behind it (an async block around this would hold all of it twice).
 async fn connection(
-    entry: Entry,
+    (entry, _open): (Entry, Open),
     program: Rc<Program>,
     listener: Arc<Listener>,
     stream: TcpStream,

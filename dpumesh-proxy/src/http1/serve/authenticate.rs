@@ -47,7 +47,7 @@ impl Session {
         };
         for remote in unfetched {
             let fetching = self.fetch(filter, remote);
-            if self.meanwhile(buffers, fetching).await.is_err() {
+            if Box::pin(self.meanwhile(buffers, fetching)).await.is_err() {
                 return Err(self.gone(passing));
             }
         }

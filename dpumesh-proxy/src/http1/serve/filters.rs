@@ -64,7 +64,8 @@ impl Session {
                     self.authenticate(buffers, passing, filter, &mut filtered).await?;
                 }
                 HttpFilter::ExtAuthz(filter) => {
-                    self.authorize(buffers, passing, filter, &mut filtered).await?;
+                    // Boxed, as what waits for keys is: a connection without such a filter does without its memory.
+                    Box::pin(self.authorize(buffers, passing, filter, &mut filtered)).await?;
                 }
                 HttpFilter::LocalRate(own) => {
                     let of_route = passing.route.and_then(|r| r.local_rate.as_deref());
