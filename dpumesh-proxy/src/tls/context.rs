@@ -21,10 +21,11 @@ use rustls::{
 use tokio::net::TcpStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
-use super::san::{Names, Rule};
+use super::proven::Usage;
+use super::san::Rule;
 use super::secrets::{Certified, Roots, Secrets};
 use super::verify::{Clients, Rules, Servers};
-use super::{Agreed, Connection, PeerIdentity};
+use super::{Agreed, Connection};
 use crate::stats::{Scope, Shard, Ssl};
 
 /// A secret by its name, or here.
@@ -244,7 +245,10 @@ impl ServerContext {
         known.alpn = session
             .alpn_protocol()
             .map(|p| Arc::from(String::from_utf8_lossy(p)));
-        known.peer = session.peer_certificates().and_then(peer);
+        let proven = server.roots.as_ref().map(|roots| &roots.proven);
+        known.peer = proven
+            .zip(session.peer_certificates())
+            .and_then(|(proven, chain)| proven.peer(Usage::Client, chain));
         Ok(Box::new(TlsStream::Server(stream)))
     }
 
@@ -319,7 +323,8 @@ impl ServerContext {
                 };
                 let chain = chain.build().map_err(|e| Error::General(e.to_string()))?;
                 let rules = self.parameters.rules(&provider);
-                builder.with_client_cert_verifier(Arc::new(Clients { chain, rules }))
+                let proven = Arc::clone(&roots.proven);
+                builder.with_client_cert_verifier(Arc::new(Clients { chain, proven, rules }))
             }
         };
         let key = SingleCertAndKey::from(Arc::clone(&certificate.key));
@@ -339,22 +344,6 @@ fn same<T>(a: Option<&Arc<T>>, b: Option<&Arc<T>>) -> bool {
         (Some(a), Some(b)) => Arc::ptr_eq(a, b),
         _ => false,
     }
-}
-
-/// What a verified chain says of its owner.
-fn peer(chain: &[rustls::pki_types::CertificateDer<'_>]) -> Option<Arc<PeerIdentity>> {
-    let leaf = chain.first()?;
-    // It was verified: a certificate that cannot be read did not come this far.
-    let names = Names::of(leaf).ok()?;
-    Some(Arc::new(PeerIdentity {
-        uri_sans: names.uri,
-        dns_sans: names.dns,
-        email_sans: names.email,
-        ip_sans: names.ip,
-        subject: names.subject,
-        sha256: sha256(leaf),
-        certificate: leaf.to_vec(),
-    }))
 }
 
 /// What a handshake has agreed on.
@@ -389,15 +378,6 @@ fn agreed(session: &rustls::ServerConnection) -> Agreed {
         },
         took: None,
     }
-}
-
-fn sha256(data: &[u8]) -> [u8; 32] {
-    let mut digest = [0; 32];
-    if let Some(suite) = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13() {
-        let hash = suite.common.hash_provider.hash(data);
-        digest.copy_from_slice(hash.as_ref());
-    }
-    digest
 }
 
 /// Which certificate a client shows.
@@ -560,6 +540,7 @@ impl ClientContext {
         } else {
             let verifier = Servers {
                 roots: Arc::clone(&roots.store),
+                proven: Arc::clone(&roots.proven),
                 rules: self.parameters.rules(&provider),
             };
             builder

@@ -3,6 +3,7 @@
 //! | module | what it owns |
 //! |---|---|
 //! | [`context`] | a transport socket of the configuration, and handshakes with it |
+//! | `proven` | chains that were verified before |
 //! | [`san`] | rules on subject alternative names |
 //! | [`secrets`] | keys, chains and roots by name |
 //! | [`store`] | the same from this machine's key store |
@@ -12,6 +13,7 @@
 
 pub mod context;
 pub(crate) mod leaf;
+mod proven;
 pub mod san;
 pub mod secrets;
 pub mod store;

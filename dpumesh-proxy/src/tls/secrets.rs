@@ -18,6 +18,7 @@ use rustls::sign::CertifiedKey;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::LocalIdentity;
+use super::proven::Proven;
 use super::san::Names;
 
 /// Where keys, chains and roots come from.
@@ -90,6 +91,7 @@ pub struct Roots {
     pub store: Arc<RootCertStore>,
     /// Their certificates, DER.
     pub certificates: Vec<CertificateDer<'static>>,
+    pub(super) proven: Arc<Proven>,
 }
 
 /// What is wrong with a secret.
@@ -165,6 +167,7 @@ impl Roots {
         Ok(Self {
             store: Arc::new(store),
             certificates,
+            proven: Arc::default(),
         })
     }
 

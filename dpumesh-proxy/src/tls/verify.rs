@@ -12,6 +12,7 @@ use rustls::server::ParsedCertificate;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
+use super::proven::{Proven, Usage};
 use super::san::{Names, Rule};
 
 /// What a peer's certificate must be.
@@ -40,6 +41,7 @@ impl Rules {
 #[derive(Debug)]
 pub(super) struct Servers {
     pub(super) roots: Arc<rustls::RootCertStore>,
+    pub(super) proven: Arc<Proven>,
     pub(super) rules: Rules,
 }
 
@@ -52,9 +54,11 @@ impl ServerCertVerifier for Servers {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let parsed = ParsedCertificate::try_from(leaf)?;
-        let algorithms = self.rules.algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
+        self.proven.check(Usage::Server, leaf, intermediates, now, || {
+            let parsed = ParsedCertificate::try_from(leaf)?;
+            let algorithms = self.rules.algorithms.all;
+            verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)
+        })?;
         self.rules.check(leaf)?;
         Ok(ServerCertVerified::assertion())
     }
@@ -86,6 +90,7 @@ impl ServerCertVerifier for Servers {
 #[derive(Debug)]
 pub(super) struct Clients {
     pub(super) chain: Arc<dyn ClientCertVerifier>,
+    pub(super) proven: Arc<Proven>,
     pub(super) rules: Rules,
 }
 
@@ -104,9 +109,11 @@ impl ClientCertVerifier for Clients {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(leaf, intermediates, now)?;
+        self.proven.check(Usage::Client, leaf, intermediates, now, || {
+            self.chain.verify_client_cert(leaf, intermediates, now).map(drop)
+        })?;
         self.rules.check(leaf)?;
-        Ok(verified)
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
