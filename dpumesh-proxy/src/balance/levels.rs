@@ -16,6 +16,8 @@ pub(super) struct Levels {
     pools: Vec<Pool>,
     standings: Vec<Standing>,
     overprovisioning: u32,
+    /// What every pick comes to where one endpoint serves alone, as of the application in a pod.
+    sole: Option<(u32, bool)>,
 }
 
 /// What is asked of one priority.
@@ -60,11 +62,17 @@ impl Levels {
                 pools.push(Pool::new(of, members, part, turns));
             }
         }
+        let shares = shares(&load);
+        let sole = match shares[..] {
+            [(100.., at)] => pools[at].sole().map(|endpoint| (endpoint, pools[at].panics)),
+            _ => None,
+        };
         Self {
-            shares: shares(&load),
+            shares,
             pools,
             standings,
             overprovisioning: spread.overprovisioning,
+            sole,
         }
     }
 
@@ -88,6 +96,9 @@ impl Levels {
         turns: &mut Turns,
         busy: impl Fn(usize) -> u32,
     ) -> Option<(u32, bool)> {
+        if ask.tried.is_empty() && self.sole.is_some() {
+            return self.sole;
+        }
         let others = match ask.tried {
             [] => None,
             tried => self.shares_without(tried),
@@ -183,6 +194,12 @@ impl Pool {
         let lists = groups.iter().map(|(_, group)| List::new(of, group, turns));
         pool.lists = lists.collect();
         pool
+    }
+
+    fn sole(&self) -> Option<u32> {
+        let [list] = &self.lists[..] else { return None };
+        let (first, others) = list.order.split_first()?;
+        others.iter().all(|other| other == first).then_some(*first)
     }
 
     fn list(&self, turns: &mut Turns) -> Option<&List> {
