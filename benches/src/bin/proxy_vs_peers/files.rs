@@ -24,7 +24,7 @@ pub(crate) fn bootstrap(
             downstream(shape, trust),
             match shape.layer {
                 Layer::Tcp => tcp_proxy(pod),
-                Layer::Http1 | Layer::Http2 => http(pod, addresses.len()),
+                Layer::Http1 | Layer::Http2 => http(pod),
             }
         );
     }
@@ -49,14 +49,7 @@ fn tcp_proxy(pod: usize) -> String {
 }
 
 /// Routes by path, and rules of which the last allows: as a pod with an AuthorizationPolicy has them.
-fn http(pod: usize, pods: usize) -> String {
-    let more = if pods > 1 {
-        format!(
-            "- match: {{prefix: /of-pod-{pod}}}\n                route: {{cluster: app-{pod}}}\n              "
-        )
-    } else {
-        String::new()
-    };
+fn http(pod: usize) -> String {
     format!(
         r#"      - name: envoy.filters.network.http_connection_manager
         typed_config:
@@ -67,7 +60,9 @@ fn http(pod: usize, pods: usize) -> String {
             - name: all
               domains: ["*"]
               routes:
-              {more}- match: {{prefix: /admin}}
+              - match: {{prefix: /of-pod-{pod}}}
+                route: {{cluster: app-{pod}}}
+              - match: {{prefix: /admin}}
                 direct_response: {{status: 404}}
               - match: {{prefix: /}}
                 route: {{cluster: app-{pod}}}
@@ -129,7 +124,7 @@ fn upstream(shape: Shape, trust: &Trust) -> String {
     )
 }
 
-pub(crate) fn haproxy(shape: Shape, address: SocketAddr, endpoint: SocketAddr, trust: &Trust) -> String {
+pub(crate) fn haproxy(shape: Shape, addresses: &[SocketAddr], endpoint: SocketAddr, trust: &Trust) -> String {
     let (mode, rules) = match shape.layer {
         Layer::Tcp => ("tcp", ""),
         Layer::Http1 | Layer::Http2 => (
@@ -164,10 +159,17 @@ pub(crate) fn haproxy(shape: Shape, address: SocketAddr, endpoint: SocketAddr, t
     } else {
         ""
     };
-    format!(
-        "global\n  nbthread 1\ndefaults\n  mode {mode}\n  timeout client 60s\n  timeout server 60s\n  timeout connect 5s\n{reuse}\
-         frontend f\n  bind {address}{bind}\n{rules}  default_backend b\nbackend b\n  server s {endpoint}{server}\n"
-    )
+    let mut text = format!(
+        "global\n  nbthread 1\ndefaults\n  mode {mode}\n  timeout client 60s\n  timeout server 60s\n  timeout connect 5s\n{reuse}"
+    );
+    for (pod, address) in addresses.iter().enumerate() {
+        let _ = write!(
+            text,
+            "frontend pod-{pod}\n  bind {address}{bind}\n{rules}  default_backend app-{pod}\n\
+             backend app-{pod}\n  server s {endpoint}{server}\n"
+        );
+    }
+    text
 }
 
 const NGINX: &str =

@@ -109,7 +109,15 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
 }
 
 pub(crate) fn free_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+    Ok(free_addresses(1)?[0])
+}
+
+/// So many that differ.
+pub(crate) fn free_addresses(count: usize) -> Result<Vec<SocketAddr>> {
+    let open = |_| TcpListener::bind("127.0.0.1:0");
+    let held: Vec<TcpListener> = (0..count).map(open).collect::<std::io::Result<_>>()?;
+    let addresses = held.iter().map(TcpListener::local_addr);
+    Ok(addresses.collect::<std::io::Result<_>>()?)
 }
 
 /// What has to be said beside a figure of this machine.

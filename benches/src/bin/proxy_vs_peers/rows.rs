@@ -113,7 +113,7 @@ impl Before {
         let file = bench.folder.path().join(format!("before-{}.cfg", address.port()));
         std::fs::write(
             &file,
-            files::haproxy(shape, address, subject.address(), &bench.trust),
+            files::haproxy(shape, &[address], subject.address(), &bench.trust),
         )?;
         let mut command = pinned(bench.pinning.load(), &haproxy);
         command.arg("-db").arg("-f").arg(&file);
@@ -230,15 +230,19 @@ const PODS: usize = 110;
 fn pods(bench: &Bench) -> Result<Table> {
     pin_here(bench.pinning.load())?;
     let endpoint = endpoint(bench, PLAIN)?;
-    let mut many = Shape::new(Layer::Http1, PLAIN, PLAIN);
-    let one = start(bench, OURS, many, &endpoint)?;
-    many.pods = PODS;
-    let many = start(bench, OURS, many, &endpoint)?;
-    let to_one = vec![one.address(); PODS];
-    let ways = [("1 pod", &one, &to_one), ("110 pods", &many, &many.addresses)];
-    let mut lines: Vec<Line> = ways.iter().map(|way| Line::new(way.0)).collect();
+    let mut ways = Vec::new();
+    for program in there(MESH) {
+        let mut shape = Shape::new(Layer::Http1, PLAIN, PLAIN);
+        let one = start(bench, program, shape, &endpoint)?;
+        shape.pods = PODS;
+        let many = start(bench, program, shape, &endpoint)?;
+        let to_one = vec![one.address(); PODS];
+        let to_each = many.addresses.clone();
+        ways.push((Line::new(format!("{}, 1 pod", one.name)), one, to_one));
+        ways.push((Line::new(format!("{}, {PODS}", many.name)), many, to_each));
+    }
     for round in 0..=bench.rounds {
-        for ((_, subject, addresses), line) in ways.iter().zip(&mut lines) {
+        for (line, subject, addresses) in &mut ways {
             let before = subject.process.cpu_micros()?;
             let count = load::in_turns(addresses, bench.lasting)?.max(1) as f64;
             if round > 0 {
@@ -248,9 +252,9 @@ fn pods(bench: &Bench) -> Result<Table> {
             line.resident_kib = Some(subject.process.resident_kib()?);
         }
     }
-    let table = Table::new(MICROS, lines);
+    let table = Table::new(MICROS, ways.into_iter().map(|way| way.0).collect());
     let of = |who| table.of(who).unwrap_or(f64::NAN);
-    let ratio = of("110 pods") / of("1 pod");
+    let ratio = of("dpu-proxy, 110") / of("dpu-proxy, 1 pod");
     Ok(table.judge("110 pods / 1 pod", ratio, Bar::AtMost(1.1)))
 }
 

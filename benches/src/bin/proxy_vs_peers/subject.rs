@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Result;
 use crate::files;
-use crate::machine::{Process, SERVING, find, free_address, pinned};
+use crate::machine::{Process, SERVING, find, free_address, free_addresses, pinned};
 use crate::trust::Trust;
 
 /// The programs that are compared.
@@ -98,7 +98,7 @@ impl Subject {
     ) -> Result<Self> {
         let name = program.name();
         let file = program.file().ok_or_else(|| format!("{name} is not there"))?;
-        let addresses: Vec<SocketAddr> = (0..shape.pods).map(|_| free_address()).collect::<Result<_>>()?;
+        let addresses = free_addresses(shape.pods)?;
         let (text, arguments): (String, &[&str]) = match program {
             Program::DpuProxy => (
                 files::bootstrap(shape, &addresses, endpoint, trust),
@@ -115,10 +115,7 @@ impl Subject {
                     "-c",
                 ],
             ),
-            Program::Haproxy => (
-                files::haproxy(shape, addresses[0], endpoint, trust),
-                &["-db", "-f"],
-            ),
+            Program::Haproxy => (files::haproxy(shape, &addresses, endpoint, trust), &["-db", "-f"]),
             Program::Nginx => (
                 files::nginx_proxy(shape, addresses[0], endpoint, folder, trust),
                 &["-c"],
