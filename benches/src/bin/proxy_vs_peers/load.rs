@@ -22,6 +22,7 @@ pub(crate) fn wrk(scheme: &str, address: SocketAddr, seconds: u32, processor: us
     let wrk = find("wrk").ok_or("wrk is not there")?;
     let output = pinned(processor, &wrk)
         .args(["-t1", "-c", &CONNECTIONS.to_string(), &format!("-d{seconds}s")])
+        .args(["--timeout", &format!("{}s", PATIENCE.as_secs())])
         .arg(format!("{scheme}://{address}/"))
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -28,6 +28,9 @@ impl Pinning {
     }
 }
 
+/// How long a program may take to listen.
+const STARTS_WITHIN: Duration = Duration::from_secs(30);
+
 /// Where the proxies and the endpoint run.
 pub(crate) const SERVING: usize = 1;
 
@@ -35,16 +38,21 @@ pub(crate) const SERVING: usize = 1;
 pub(crate) struct Process(Child);
 
 impl Process {
-    /// Starts a program and waits until it listens.
-    pub(crate) fn start(name: &str, mut command: Command, address: SocketAddr) -> Result<Self> {
+    /// Starts a program and waits until it listens on all of these.
+    pub(crate) fn start(name: &str, mut command: Command, addresses: &[SocketAddr]) -> Result<Self> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        let process = Self(child.map_err(|error| format!("{name}: {error}"))?);
-        let end = Instant::now() + Duration::from_secs(20);
-        while TcpStream::connect(address).is_err() {
-            if Instant::now() > end {
-                return Err(format!("{name} does not listen on {address}").into());
+        let mut process = Self(child.map_err(|error| format!("{name}: {error}"))?);
+        let end = Instant::now() + STARTS_WITHIN;
+        for address in addresses {
+            while TcpStream::connect(address).is_err() {
+                if let Some(status) = process.0.try_wait()? {
+                    return Err(format!("{name} ended before it listened on {address}: {status}").into());
+                }
+                if Instant::now() > end {
+                    return Err(format!("{name} does not listen on {address}").into());
+                }
+                std::thread::sleep(Duration::from_millis(20));
             }
-            std::thread::sleep(Duration::from_millis(20));
         }
         Ok(process)
     }

@@ -119,7 +119,7 @@ impl Before {
         command.arg("-db").arg("-f").arg(&file);
         Ok(Self {
             address,
-            _process: Process::start("haproxy", command, address)?,
+            _process: Process::start("haproxy", command, &[address])?,
         })
     }
 }
@@ -176,9 +176,8 @@ fn requests(
     let mut lines: Vec<Line> = subjects.iter().map(|subject| Line::new(subject.name)).collect();
     for round in 0..=bench.rounds {
         for (subject, line) in subjects.iter().zip(&mut lines) {
-            let failed = |error| format!("{}: {error}", subject.name);
             let before = subject.process.cpu_micros()?;
-            let count = load(bench, subject).map_err(failed)?.max(1) as f64;
+            let count = subject.blamed(load(bench, subject))?.max(1) as f64;
             let taken = subject.process.cpu_micros()? - before;
             if round > 0 {
                 line.values.push(taken / count);
@@ -244,7 +243,7 @@ fn pods(bench: &Bench) -> Result<Table> {
     for round in 0..=bench.rounds {
         for (line, subject, addresses) in &mut ways {
             let before = subject.process.cpu_micros()?;
-            let count = load::in_turns(addresses, bench.lasting)?.max(1) as f64;
+            let count = subject.blamed(load::in_turns(addresses, bench.lasting))?.max(1) as f64;
             if round > 0 {
                 line.values.push((subject.process.cpu_micros()? - before) / count);
                 line.rates.push(count / bench.lasting.as_secs_f64());
@@ -274,7 +273,7 @@ fn memory(bench: &Bench) -> Result<Table> {
         let mut shape = Shape::new(Layer::Http1, PLAIN, PLAIN);
         shape.pods = pods;
         let subject = start(bench, program, shape, &endpoint)?;
-        load::in_turns(&subject.addresses, bench.lasting)?;
+        subject.blamed(load::in_turns(&subject.addresses, bench.lasting))?;
         let mut line = Line::new(who);
         line.values.push(subject.process.resident_kib()? / 1024.0);
         lines.push(line);
@@ -309,9 +308,9 @@ fn idle(bench: &Bench) -> Result<Table> {
                 })
                 .collect()
         };
-        let _warm = open(50)?;
+        let _warm = subject.blamed(open(50))?;
         let before = subject.process.resident_kib()?;
-        let _held = open(COUNT)?;
+        let _held = subject.blamed(open(COUNT))?;
         let mut line = Line::new(subject.name);
         line.values
             .push((subject.process.resident_kib()? - before) / COUNT as f64);
@@ -347,7 +346,7 @@ fn latency(bench: &Bench, shape: Shape, bars: [f64; 2]) -> Result<Table> {
     for _ in 0..bench.rounds {
         let straight = load::paced(endpoint.address, tls, requests)?;
         for (subject, lines) in subjects.iter().zip(lines.chunks_exact_mut(2)) {
-            let through = load::paced(subject.address(), tls, requests)?;
+            let through = subject.blamed(load::paced(subject.address(), tls, requests))?;
             for (line, share) in lines.iter_mut().zip([0.5, 0.99]) {
                 line.values
                     .push(quantile(&through, share) - quantile(&straight, share));

@@ -130,13 +130,18 @@ impl Subject {
         }
         Ok(Self {
             name,
-            process: Process::start(name, command, addresses[0])?,
+            process: Process::start(name, command, &addresses)?,
             addresses,
         })
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.addresses[0]
+    }
+
+    /// A load's answer, with this subject's name where it failed.
+    pub(crate) fn blamed<T>(&self, answer: Result<T>) -> Result<T> {
+        answer.map_err(|error| format!("{}: {error}", self.name).into())
     }
 }
 
@@ -158,7 +163,7 @@ impl Endpoint {
         }
         let mut command = pinned(SERVING, &nginx);
         command.arg("-c").arg(&file).stderr(std::process::Stdio::null());
-        let process = Process::start("nginx", command, address)?;
+        let process = Process::start("nginx", command, &[address])?;
         Ok(Self {
             address,
             _process: process,
