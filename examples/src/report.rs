@@ -226,6 +226,7 @@ pub struct Progress {
     /// Hidden where there is no terminal.
     spinner: ProgressBar,
     begun: Instant,
+    silent: bool,
 }
 
 impl Default for Progress {
@@ -247,11 +248,24 @@ impl Progress {
         Self {
             spinner,
             begun: Instant::now(),
+            silent: false,
+        }
+    }
+
+    /// Shows nothing.
+    pub fn silent() -> Self {
+        Self {
+            spinner: ProgressBar::hidden(),
+            begun: Instant::now(),
+            silent: true,
         }
     }
 
     /// Says what happens next.
     pub fn step(&self, what: &str) {
+        if self.silent {
+            return;
+        }
         if self.spinner.is_hidden() {
             // A closed standard error must not end the run.
             let _ = writeln!(
@@ -266,6 +280,9 @@ impl Progress {
 
     /// Prints a line of the result on standard output.
     pub fn line(&self, text: &str) {
+        if self.silent {
+            return;
+        }
         // As above.
         self.spinner.suspend(|| drop(writeln!(io::stdout(), "{text}")));
     }
@@ -283,7 +300,7 @@ mod tests {
 
     fn report() -> Report {
         let mut report = Report::default();
-        let progress = Progress::new();
+        let progress = Progress::silent();
         report.scenario(&progress, "same node", || Ok::<_, String>("10 of 10".to_owned()));
         report.latency_us.set(
             "direct",
@@ -317,7 +334,7 @@ mod tests {
     fn one_failure_fails_the_run() {
         let mut report = report();
         assert!(report.passed());
-        let progress = Progress::new();
+        let progress = Progress::silent();
         report.scenario(&progress, "broken", || Err::<String, _>("no answer"));
         assert!(!report.passed());
         assert_eq!(report.scenarios[1].to_string(), "FAILED broken: no answer");
