@@ -86,7 +86,7 @@ pub(crate) fn asks_for(peer: &Peer, direction: Option<Direction>) -> Peer {
         source: peer.source.filter(|_| direction != Some(Direction::Inbound)),
         protocols: None,
         http2: true,
-        crowded: false,
+        small: None,
         ..peer.clone()
     }
 }
@@ -117,7 +117,7 @@ pub(crate) async fn call(
         None => lane.connect(&picked, &peer).await.map_err(io::Error::from)?,
     };
     stats.inc(shard, Stat::RqTotal);
-    let mut buffers = worker.take_buffers(false);
+    let mut buffers = worker.take_buffers(None);
     let taken = exchange(&mut connection.stream, &mut buffers, &request, most).await;
     worker.return_buffers(buffers);
     match taken {

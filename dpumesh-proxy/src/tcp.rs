@@ -33,9 +33,6 @@ pub mod tunnel;
 /// How long a connection may go on whose filter chain is changed or gone.
 const CHAIN_GONE: Duration = Duration::from_secs(10);
 
-/// Read buffer of a direction that proves busy, octets.
-const BUSY_BUFFER: usize = 64 * 1024;
-
 /// Relays one connection to its end.
 pub(crate) async fn relay(
     worker: Rc<Worker>,
@@ -410,7 +407,7 @@ impl Direction {
                 if !self.ended {
                     ready!(from.poll_read_ready(cx)).map_err(|_| Side::Read)?;
                 }
-                &mut none.insert(worker.take_buffers(false)).request_in
+                &mut none.insert(worker.take_buffers(None)).request_in
             }
         };
         if !buffer.is_empty() {
@@ -425,9 +422,7 @@ impl Direction {
             self.done = true;
             return Poll::Ready(Ok(()));
         }
-        if self.moved > BUSY_BUFFER as u64 {
-            buffer.grow(BUSY_BUFFER);
-        }
+        buffer.grow_for(self.moved);
         let n = ready!(buffer.poll_fill(cx, from)).map_err(|_| Side::Read)?;
         self.ended = n == 0;
         Poll::Ready(Ok(()))

@@ -28,10 +28,10 @@ use crate::access_log::Lines;
 use crate::closing::{Closing, Which};
 use crate::config::model::{Config, Direction, FilterChain, Listener, Terminal};
 use crate::health;
+use crate::http1::buffer::{Allowance, Buffer};
 use crate::http1::head::{RequestHead, ResponseHead};
 use crate::http1::reply::Date;
-use crate::http1::serve;
-use crate::http1::{self, buffer::Buffer};
+use crate::http1::{self, serve};
 use crate::istio::Reporter;
 use crate::listener::inspect::Blind;
 use crate::listener::{Facts, Seen};
@@ -169,13 +169,10 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    fn small() -> Self {
-        Self {
-            request_in: Buffer::small(),
-            response_in: Buffer::small(),
-            small: true,
-            ..Self::default()
-        }
+    fn make_small(&mut self, allowance: &Allowance) {
+        self.small = true;
+        self.request_in.make_small(allowance.clone());
+        self.response_in.make_small(allowance.clone());
     }
 
     /// Whether the request is gRPC.
@@ -235,8 +232,8 @@ pub struct Peer {
     pub protocols: Option<Protocols>,
     /// Whether it speaks HTTP/2.
     pub http2: bool,
-    /// Whether this is a stream beside many of the same connection: it makes do with small buffers.
-    pub crowded: bool,
+    /// Of a stream of HTTP/2, one of many: its buffers are small, within what its connection is allowed.
+    pub small: Option<Allowance>,
 }
 
 impl Peer {
@@ -330,13 +327,14 @@ impl Worker {
         self.draining.get()
     }
 
-    /// A set of buffers; `small` for one of many that a single client can have.
-    pub fn take_buffers(&self, small: bool) -> Box<Buffers> {
-        if small {
-            let spare = self.spare_small.borrow_mut().pop_back();
-            return spare.unwrap_or_else(|| Box::new(Buffers::small()));
-        }
-        self.spare.borrow_mut().pop_back().unwrap_or_default()
+    /// A set of buffers; with an allowance, one of many that a single client can have.
+    pub fn take_buffers(&self, small: Option<&Allowance>) -> Box<Buffers> {
+        let Some(allowance) = small else {
+            return self.spare.borrow_mut().pop_back().unwrap_or_default();
+        };
+        let mut buffers = self.spare_small.borrow_mut().pop_back().unwrap_or_default();
+        buffers.make_small(allowance);
+        buffers
     }
 
     /// Returns a set of buffers.
@@ -713,7 +711,7 @@ async fn connection(
             Terminal::Tcp(_) => None,
         },
         http2: false,
-        crowded: false,
+        small: None,
     };
     if let Err(details) = rbac::admit(&chain.rbac, &peer, shard) {
         tcp::log_refused(&worker, &terminal, &peer, details);

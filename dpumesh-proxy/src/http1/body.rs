@@ -17,9 +17,6 @@ use super::head::Framing;
 /// A body up to this size rides with the head in one write, octets.
 const RIDES_ALONG: usize = 16 * 1024;
 
-/// Read buffer of a body that proves long, octets.
-const LONG_BODY_BUFFER: usize = 64 * 1024;
-
 /// Longest chunk-size line and longest trailer section, octets.
 const LONGEST_LINE: usize = 4096;
 
@@ -268,9 +265,7 @@ impl Flow {
     where
         R: AsyncRead + Unpin,
     {
-        if self.body > LONG_BODY_BUFFER as u64 {
-            source.grow(LONG_BODY_BUFFER);
-        }
+        source.grow_for(self.body);
         match ready!(source.poll_fill(cx, from)) {
             Ok(0) if self.stage == Stage::Close => {
                 self.stage = Stage::Done;

@@ -5,8 +5,11 @@
 //!   head       free         unread       free
 //! ```
 
+use std::cell::Cell;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, ReadBuf};
@@ -20,6 +23,12 @@ const BODY_ROOM: usize = 8 * 1024;
 /// Capacity of a fresh small buffer, octets: one of many that a single client can have.
 const SMALL: usize = 2 * 1024;
 
+/// Capacity for a long body, octets, and how much of it passes before it is one.
+const LONG_BODY: usize = 64 * 1024;
+
+/// Octets that the small buffers of one client may have beyond their size, all together.
+const BEYOND: usize = 256 * 1024;
+
 /// A read buffer.
 #[derive(Debug, Default)]
 pub struct Buffer {
@@ -27,7 +36,46 @@ pub struct Buffer {
     floor: usize,
     start: usize,
     end: usize,
-    small: bool,
+    small: Option<Small>,
+}
+
+/// What the small buffers of one client may still have beyond their size.
+#[derive(Debug, Clone)]
+pub struct Allowance(Rc<Cell<usize>>);
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self(Rc::new(Cell::new(BEYOND)))
+    }
+}
+
+/// What makes a buffer small.
+#[derive(Debug)]
+struct Small {
+    allowance: Allowance,
+    taken: usize,
+}
+
+impl Small {
+    fn take(&mut self, octets: usize) -> bool {
+        let left = self.allowance.0.get().checked_sub(octets);
+        if let Some(left) = left {
+            self.allowance.0.set(left);
+            self.taken += octets;
+        }
+        left.is_some()
+    }
+
+    fn give_back(&mut self) {
+        let Allowance(left) = &self.allowance;
+        left.set(left.get() + std::mem::take(&mut self.taken));
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        self.give_back();
+    }
 }
 
 impl From<&[u8]> for Buffer {
@@ -42,12 +90,10 @@ impl From<&[u8]> for Buffer {
 }
 
 impl Buffer {
-    /// A buffer that begins small and grows for a head only.
-    pub fn small() -> Self {
-        Self {
-            small: true,
-            ..Self::default()
-        }
+    /// Makes this empty buffer one of many that a single client can have: it begins small, and grows for a head, and for a body within
+    /// what the client is allowed.
+    pub fn make_small(&mut self, allowance: Allowance) {
+        self.small = Some(Small { allowance, taken: 0 });
     }
 
     /// The octets not yet taken.
@@ -115,14 +161,24 @@ impl Buffer {
     /// Forgets everything; keeps the memory unless it has grown.
     pub fn clear(&mut self) {
         (self.floor, self.start, self.end) = (0, 0, 0);
-        if self.data.len() > if self.small { SMALL } else { 2 * FRESH } {
+        let kept = if self.small.is_some() { SMALL } else { 2 * FRESH };
+        if self.data.len() > kept {
             self.data = Vec::new();
+        }
+        if let Some(small) = &mut self.small {
+            small.give_back();
         }
     }
 
-    /// Makes the buffer at least `capacity` octets, unless it is a small one.
-    pub fn grow(&mut self, capacity: usize) {
-        if self.data.len() < capacity && !self.small {
+    /// Grows for a body of which so many octets have passed, if it is a long one.
+    pub fn grow_for(&mut self, passed: u64) {
+        let capacity = match passed {
+            _ if passed > LONG_BODY as u64 => LONG_BODY,
+            _ if passed > BODY_ROOM as u64 => FRESH,
+            _ => return,
+        };
+        let more = capacity.saturating_sub(self.data.len());
+        if more > 0 && self.small.as_mut().is_none_or(|small| small.take(more)) {
             self.data.resize(capacity, 0);
         }
     }
@@ -136,6 +192,9 @@ impl Buffer {
         cx: &mut Context<'_>,
         stream: &mut S,
     ) -> Poll<io::Result<usize>> {
+        if self.small.is_some() && self.data.is_empty() {
+            return self.poll_first_fill(cx, stream);
+        }
         self.make_room();
         let mut room = ReadBuf::new(&mut self.data[self.end..]);
         ready!(Pin::new(stream).poll_read(cx, &mut room))?;
@@ -144,11 +203,33 @@ impl Buffer {
         Poll::Ready(Ok(n))
     }
 
+    /// A small buffer has no memory before there is something to put into it: one client can have many that wait.
+    fn poll_first_fill<S: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut S,
+    ) -> Poll<io::Result<usize>> {
+        let mut room = [MaybeUninit::uninit(); SMALL];
+        let mut room = ReadBuf::uninit(&mut room);
+        ready!(Pin::new(stream).poll_read(cx, &mut room))?;
+        let n = room.filled().len();
+        if n > 0 {
+            self.data.reserve_exact(SMALL);
+            self.data.extend_from_slice(room.filled());
+            self.data.resize(SMALL, 0);
+            self.end = n;
+        }
+        Poll::Ready(Ok(n))
+    }
+
     fn make_room(&mut self) {
         if self.data.is_empty() {
-            self.data.resize(if self.small { SMALL } else { FRESH }, 0);
+            self.data.resize(FRESH, 0);
         }
-        let body_room = if self.small { SMALL / 2 } else { BODY_ROOM };
+        let body_room = match &self.small {
+            Some(small) if small.taken == 0 => SMALL / 2,
+            _ => BODY_ROOM,
+        };
         if self.start == self.end {
             (self.start, self.end) = (self.floor, self.floor);
         }
@@ -169,6 +250,54 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    fn small(allowance: &Allowance) -> Buffer {
+        let mut buffer = Buffer::default();
+        buffer.make_small(allowance.clone());
+        buffer
+    }
+
+    #[test]
+    fn small_buffers_grow_within_what_is_allowed() {
+        let allowance = Allowance::default();
+        let mut buffers: Vec<Buffer> = (0..100).map(|_| small(&allowance)).collect();
+        let grown = |buffers: &mut [Buffer]| {
+            buffers.iter_mut().for_each(|buffer| buffer.grow_for(10_000));
+            buffers.iter().filter(|buffer| buffer.data.len() == FRESH).count()
+        };
+        assert_eq!(grown(&mut buffers), BEYOND / FRESH);
+        buffers[0].grow_for(LONG_BODY as u64 + 1);
+        assert_eq!(buffers[0].data.len(), FRESH, "nothing is left");
+        buffers[0].clear();
+        buffers.remove(1);
+        assert_eq!((buffers[0].data.len(), allowance.0.get()), (0, 2 * FRESH));
+        assert_eq!(grown(&mut buffers), BEYOND / FRESH);
+        drop(buffers);
+        assert_eq!(allowance.0.get(), BEYOND);
+    }
+
+    #[tokio::test]
+    async fn a_small_buffer_that_waits_has_no_memory() {
+        let (mut writer, mut reader) = tokio::io::duplex(64);
+        let mut buffer = small(&Allowance::default());
+        let fill = |buffer: &mut Buffer, reader: &mut _| {
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            buffer.poll_fill(&mut cx, reader)
+        };
+        assert!(fill(&mut buffer, &mut reader).is_pending());
+        assert_eq!(buffer.data.capacity(), 0);
+        for octets in [b"head".as_slice(), b"body"] {
+            writer.write_all(octets).await.unwrap();
+            assert!(matches!(fill(&mut buffer, &mut reader), Poll::Ready(Ok(4))));
+        }
+        assert_eq!(
+            (buffer.unread(), buffer.data.len()),
+            (b"headbody".as_slice(), SMALL)
+        );
+        drop(writer);
+        assert!(matches!(fill(&mut buffer, &mut reader), Poll::Ready(Ok(0))));
+    }
 
     #[test]
     fn a_head_that_grows_leaves_what_is_unread() {

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use h2::{Reason, RecvStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::backlog::Backlog;
 use super::incoming::{Incoming, Told, is_grpc, put_field};
 use super::outgoing::Outgoing;
 use super::{Reset, broken};
@@ -45,14 +47,15 @@ impl fmt::Debug for Exchange {
 }
 
 impl Exchange {
-    /// A stream whose request head has come.
+    /// A stream whose request head has come. What it answers waits for room in `backlog`, its connection's.
     ///
     /// # Errors
     /// The head can be read in two ways, and is to be answered with a reset: two authorities, several content lengths, fields of
     /// one hop. Malformed names, values, and pseudo-header fields have been refused by `h2`, which also holds bodies to their length.
-    pub fn new(
+    pub(super) fn new(
         request: Request<RecvStream>,
         response: SendResponse<Bytes>,
+        backlog: Arc<Backlog>,
     ) -> Result<Self, (SendResponse<Bytes>, &'static str)> {
         let (parts, body) = request.into_parts();
         let mut head = Vec::with_capacity(512);
@@ -62,7 +65,7 @@ impl Exchange {
         };
         Ok(Self {
             incoming: Incoming::new(head, body, told),
-            outgoing: Outgoing::default(),
+            outgoing: Outgoing::within(backlog),
             response,
             is_head: parts.method == Method::HEAD,
             tunnel: (parts.method == Method::CONNECT).then(|| {

@@ -19,6 +19,9 @@ pub(super) enum Told {
     Chunked,
 }
 
+/// Octets of memory that the lines of chunks get by with.
+const CHUNK_LINES: usize = 64;
+
 /// One direction of a stream, read.
 #[derive(Debug)]
 pub(super) struct Incoming {
@@ -74,6 +77,10 @@ impl Incoming {
         let n = text.len().min(room.remaining());
         room.put_slice(&text[..n]);
         self.taken += n;
+        if self.taken == self.text.len() && self.text.capacity() > CHUNK_LINES {
+            // The head's memory, which a stream that waits does without.
+            (self.text, self.taken) = (Vec::new(), 0);
+        }
         let n = self.data.len().min(room.remaining());
         if self.taken < self.text.len() || n == 0 {
             return;

@@ -14,6 +14,7 @@
 //! Design turned down: a governed path over abstract heads and bodies. Its every test of framing would have had to be made for both
 //! codecs, and the path of an HTTP/1.1 request would have paid for it.
 
+mod backlog;
 pub mod call;
 pub mod cork;
 pub mod exchange;

@@ -3,12 +3,14 @@
 //! The text is what `http1` writes: one head, framed by `content-length` or as chunked without extensions.
 
 use std::io;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::SendStream;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::backlog::Backlog;
 use super::incoming::is_of_hop;
 use super::{Reset, broken};
 
@@ -43,6 +45,8 @@ pub(super) struct Outgoing {
     /// Of a head or of trailers, while they are incomplete.
     text: Vec<u8>,
     body: Option<SendStream<Bytes>>,
+    /// What it has to wait for besides its own window.
+    backlog: Option<Arc<Backlog>>,
 }
 
 /// A head in text, for the caller to make a message of.
@@ -62,11 +66,20 @@ impl Default for Outgoing {
             stage: Stage::Head,
             text: Vec::new(),
             body: None,
+            backlog: None,
         }
     }
 }
 
 impl Outgoing {
+    /// Waits for room in `backlog`, and counts there.
+    pub(super) fn within(backlog: Arc<Backlog>) -> Self {
+        Self {
+            backlog: Some(backlog),
+            ..Self::default()
+        }
+    }
+
     /// Whether no head has been written yet.
     pub(super) fn awaits_head(&self) -> bool {
         matches!(self.stage, Stage::Head)
@@ -263,6 +276,9 @@ impl Outgoing {
         let Some(stream) = &mut self.body else {
             return Poll::Ready(Err(malformed()));
         };
+        if let Some(backlog) = &self.backlog {
+            ready!(backlog.poll_room(cx));
+        }
         let most = usize::try_from(left)
             .unwrap_or(usize::MAX)
             .min(data.len())
@@ -276,7 +292,10 @@ impl Outgoing {
             }
         }
         let n = most.min(stream.capacity());
-        let octets = Bytes::copy_from_slice(&data[..n]);
+        let octets = match &self.backlog {
+            Some(backlog) => backlog.hold(&data[..n]),
+            None => Bytes::copy_from_slice(&data[..n]),
+        };
         stream.send_data(octets, ends(n as u64)).map_err(broken)?;
         Poll::Ready(Ok(n))
     }

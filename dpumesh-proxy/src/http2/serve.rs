@@ -16,12 +16,14 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
+use super::backlog::Backlog;
 use super::cork::Cork;
 use super::exchange::Exchange;
 use super::keepalive::{Heard, Keepalive};
 use super::{LOCAL_RESETS, PENDING_RESETS, PREFACE, SEND_BUFFER};
 use crate::alarm::{Alarm, earlier};
 use crate::config::model::HttpManager;
+use crate::http1::buffer::Allowance;
 use crate::http1::serve::{LINGER, same_place, serve_stream};
 use crate::stats::{Http as Stat, Http2 as Stat2, Scope, Shard};
 use crate::tls::Stream;
@@ -129,6 +131,9 @@ struct Client {
     alarm: Alarm,
     keepalive: Option<Keepalive>,
     turn: Rc<Cell<usize>>,
+    /// Of all streams.
+    allowance: Allowance,
+    backlog: Arc<Backlog>,
     /// GOAWAY has been said.
     leaving: bool,
 }
@@ -138,9 +143,6 @@ const TURN: usize = 8 * 1024;
 
 /// What a write counts for, octets: every PING asks for one.
 const WRITE: usize = 1024;
-
-/// So many streams of a connection have large buffers.
-const UNCROWDED: usize = 4;
 
 /// The streams that are being served.
 #[derive(Debug, Default)]
@@ -208,6 +210,8 @@ pub async fn serve(
                 alarm: Alarm::default(),
                 turn,
                 keepalive: kept.map(|(settings, pings, heard)| Keepalive::new(settings, pings, heard)),
+                allowance: Allowance::default(),
+                backlog: Arc::default(),
                 leaving: false,
             };
             client.run(connection).await;
@@ -379,7 +383,7 @@ impl Client {
     /// Gives a stream to a task.
     fn begin(&mut self, request: Request<RecvStream>, response: SendResponse<Bytes>) {
         self.served += 1;
-        let exchange = match Exchange::new(request, response) {
+        let exchange = match Exchange::new(request, response, Arc::clone(&self.backlog)) {
             Ok(exchange) => exchange,
             Err((mut response, reason)) => {
                 tracing::debug!(client = %self.peer.remote, reason, "stream refused");
@@ -401,7 +405,7 @@ impl Client {
             stream,
             Peer {
                 http2: true,
-                crowded: self.streams.open.get() > UNCROWDED,
+                small: Some(self.allowance.clone()),
                 ..self.peer.clone()
             },
             self.place.clone(),

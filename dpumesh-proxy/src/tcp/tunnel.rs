@@ -53,7 +53,7 @@ pub(super) async fn open(
     head.extend_from_slice(b"\r\n");
     server.stream.write_all(&head).await?;
     server.stream.flush().await?;
-    let mut buffers = worker.take_buffers(false);
+    let mut buffers = worker.take_buffers(None);
     callout::response_head(&mut server.stream, &mut buffers).await?;
     let status = buffers.response.status;
     if !(200..300).contains(&status) {

@@ -170,28 +170,28 @@ fn attacks() -> Vec<Attack> {
             "",
         )
         .slowly()
-        .costing(4),
+        .costing(2),
         Attack::new(
             "HTTP/2: 100 streams that nobody answers",
             with(streams(100, |s| open(s, END_STREAM, "/hang")), 65_535),
             "",
         )
         .slowly()
-        .costing(4),
+        .costing(2),
         Attack::new(
             "HTTP/2: 100 responses into a window of nothing",
             with(streams(100, |s| open(s, END_STREAM, "/big")), 0),
             "",
         )
         .slowly()
-        .costing(4),
+        .costing(2),
         Attack::new(
             "HTTP/2: 100 responses that nobody takes",
             with(streams(100, |s| open(s, END_STREAM, "/big")), 1 << 30),
             "",
         )
         .slowly()
-        .costing(8)
+        .costing(3)
         .deaf(),
         Attack::new(
             "HTTP/2: SETTINGS",
@@ -216,7 +216,7 @@ fn attacks() -> Vec<Attack> {
             begun(),
             frame(DATA, 0, 1, b"a").repeat(500),
         )
-        .costing(4),
+        .costing(2),
         Attack::new(
             "HTTP/2: WINDOW_UPDATE",
             begun(),
@@ -506,7 +506,10 @@ impl Process {
             .replacen("port_value: 1", "port_value: 0", 1);
         let file = folder.path().join("bootstrap.yaml");
         std::fs::write(&file, text).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_dpu-proxy"))
+        // Another build of it, to see what a release costs.
+        let program =
+            std::env::var_os("DPU_PROXY_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_dpu-proxy").into());
+        let child = Command::new(program)
             .arg("-c")
             .arg(&file)
             .args(["--concurrency", "1", "--log-level", "error"])

@@ -208,7 +208,8 @@ impl Session {
             let reused = pooled.is_some();
             let mut connection = match pooled.take() {
                 Some(pooled) => pooled,
-                None => match self.connect(call, picked).await {
+                // Boxed: a connection is rarely made, and the state of its making would be part of every request's.
+                None => match Box::pin(self.connect(call, picked)).await {
                     Ok(Ok(connection)) => connection,
                     Ok(Err(failure)) => {
                         if !matches!(failure, NoConnection::Overflow) {
@@ -308,11 +309,7 @@ impl Session {
         let attempt = async {
             match call.rewrite.tunnel {
                 None => call.lane.connect(picked, &self.peer).await,
-                Some(tunnel) => {
-                    // Boxed: it is rare, and its state would be part of every request's.
-                    let made = call.lane.connect_for_tunnel(picked, &self.peer, tunnel);
-                    Box::pin(made).await
-                }
+                Some(tunnel) => call.lane.connect_for_tunnel(picked, &self.peer, tunnel).await,
             }
         };
         match earlier(call.deadline, call.stream_end) {

@@ -114,7 +114,7 @@ impl Copy {
             return;
         };
         stats.inc(shard, ClusterStat::RqTotal);
-        let mut buffers = self.worker.take_buffers(false);
+        let mut buffers = self.worker.take_buffers(None);
         let result = self.exchange(&mut connection, &mut buffers).await;
         if buffers.response.status >= 200 && result.is_ok() {
             lane.count(buffers.response.status);

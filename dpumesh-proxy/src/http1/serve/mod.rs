@@ -117,8 +117,8 @@ async fn serve_http1(
     }
 }
 
-/// Serves a client's HTTP/2 stream: its one exchange. `held` is given up behind it (an async block around this would hold all of it twice).
-pub(crate) async fn serve_stream(
+/// Serves a client's HTTP/2 stream: its one exchange. `held` is given up behind it.
+pub(crate) fn serve_stream(
     worker: Rc<Worker>,
     program: Rc<Program>,
     (entry, held): (Entry, impl Sized),
@@ -126,10 +126,13 @@ pub(crate) async fn serve_stream(
     peer: Peer,
     place: Place,
     manager: Arc<HttpManager>,
-) {
+) -> impl Future<Output = ()> {
+    // Made before the future, which would hold its parts beside it.
     let mut session = Session::new(worker, program, entry, stream, peer, place, manager);
-    session.run().await;
-    drop(held);
+    async move {
+        session.run().await;
+        drop(held);
+    }
 }
 
 /// Where the chain that a connection came in by stands in `program`: itself, and its connection manager there.
@@ -296,7 +299,7 @@ impl Session {
                     if !self.wait_readable().await {
                         return None;
                     }
-                    self.worker.take_buffers(self.peer.crowded)
+                    self.worker.take_buffers(self.peer.small.as_ref())
                 }
             };
             self.worker.turns.take(&self.turn).await;
